@@ -1,0 +1,198 @@
+"""First weights: their distribution, their sameness on every machine, and what a deeper net takes over from A."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vggcore.counter_hash import hash64
+from vggcore.errors import RecipeError
+from vggcore.initialise import copy_from_parent, initialise_net, normals16
+from vggcore.nets import FC_NAMES, NETS, build_net, conv_names
+
+SMALL = {"classes": 4, "width": 1 / 8, "crop": 32}
+
+
+# Weights as every machine must draw them, in hexadecimal.
+PINNED_HE = ["0x1.41ede60000000p-3", "-0x1.8b1dc80000000p-2", "-0x1.079c880000000p-1", "0x1.773f8c0000000p-2"]
+PINNED_HE_LAST = ["0x1.780c000000000p-5", "-0x1.9c6b000000000p-4"]
+PINNED_GLOROT = ["-0x1.9870c40000000p-3", "-0x1.b3c7d60000000p-4", "0x1.f6e0300000000p-5", "0x1.0fa8580000000p-3"]
+
+
+def weights(how="he", *, net="A", seed=1, name="A-256", width=1 / 8, **settings):
+    """The state dict of a fresh small net."""
+    module = build_net(net, **{**SMALL, **settings, "width": width})
+    initialise_net(module, how, width=width, seed=seed, name=name)
+    return module.state_dict()
+
+
+def deviation(tensor):
+    return tensor.double().std().item()
+
+
+def test_the_papers_weights_have_deviation_0_01_and_biases_0():
+    state = weights("paper", width=1.0)
+
+    for name, tensor in state.items():
+        if name.endswith("bias"):
+            assert not tensor.any()
+        else:
+            error = 0.01 / math.sqrt(2 * tensor.numel())
+            assert abs(deviation(tensor) - 0.01) < 4 * error, name
+            assert abs(tensor.double().mean().item()) < 4 * 0.01 / math.sqrt(tensor.numel()), name
+
+
+def test_the_papers_weights_of_narrow_nets_are_larger_but_in_the_first_conv():
+    state = weights("paper", width=1 / 4)
+
+    assert deviation(state["features.0.weight"]) == pytest.approx(0.01, rel=0.2)
+    assert deviation(state["features.8.weight"]) == pytest.approx(0.02, rel=0.03)
+    assert deviation(state["classifier.3.weight"]) == pytest.approx(0.02, rel=0.01)
+
+
+def test_he_and_glorot_scale_with_the_fans():
+    he, glorot = weights("he"), weights("glorot")
+
+    conv, linear = "features.8.weight", "classifier.3.weight"     # 32 -> 32 channels of 3x3, 512 -> 512 units
+    assert deviation(he[conv]) == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.03)
+    assert deviation(he[linear]) == pytest.approx(math.sqrt(2 / 512), rel=0.01)
+    for name, fans in ((conv, 64 * 9), (linear, 1024)):
+        bound = math.sqrt(6 / fans)
+        assert 0.99 * bound < glorot[name].abs().max().item() <= bound
+        assert deviation(glorot[name]) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert not he["features.8.bias"].any()
+    assert not glorot["features.8.bias"].any()
+
+
+def test_normal_weights_have_a_normals_tails():
+    draws = weights("he")["classifier.3.weight"].double().flatten()
+
+    draws = draws / draws.std()
+    for bound, share, rel in ((1.0, 0.3173, 0.02), (2.0, 0.0455, 0.03), (3.0, 0.0027, 0.3)):   # 12 uniforms: lighter ends
+        assert (draws.abs() > bound).double().mean().item() == pytest.approx(share, rel=rel)
+
+
+def test_a_normal_draw_is_the_sum_of_twelve_16_bit_uniforms_less_6():
+    index = np.arange(70_000, 70_050, dtype=np.uint64)
+
+    draws = normals16((7, "words"), index)
+
+    for place, draw in zip(index.tolist(), draws.tolist(), strict=True):
+        words = [int(hash64(7, "words", number, place)) for number in range(3)]
+        uniforms = [((word >> shift & 0xFFFF) + 0.5) / 65536 for word in words for shift in (0, 16, 32, 48)]
+        assert draw == sum(uniforms) - 6
+
+
+def test_weights_are_the_same_on_every_machine_for_ever():
+    he, glorot = weights("he"), weights("glorot")
+
+    assert [value.hex() for value in he["features.0.weight"].flatten()[:4].tolist()] == PINNED_HE
+    assert [value.hex() for value in he["classifier.3.weight"][-1, -2:].tolist()] == PINNED_HE_LAST
+    assert [value.hex() for value in glorot["features.0.weight"].flatten()[:4].tolist()] == PINNED_GLOROT
+
+
+@pytest.mark.parametrize("other", [{"seed": 2}, {"name": "B-256"}])
+def test_another_seed_or_stage_has_other_weights(other):
+    first, second = weights()["classifier.3.weight"], weights(**other)["classifier.3.weight"]
+
+    correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
+    assert abs(correlation) < 4 / math.sqrt(first.numel())
+
+
+def test_layers_of_one_shape_have_draws_of_their_own():
+    state = weights(net="E")
+
+    first, second = state[conv_names("E")["conv5_1"] + ".weight"], state[conv_names("E")["conv5_2"] + ".weight"]
+    correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
+    assert abs(correlation) < 4 / math.sqrt(first.numel())
+
+
+def test_weights_are_the_same_in_channels_last():
+    net = build_net("A", **SMALL).to(memory_format=torch.channels_last)
+
+    initialise_net(net, "he", width=1 / 8, seed=1, name="A-256")
+
+    plain = weights("he")
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("net_name", [net for net in NETS if net != "A"])
+def test_a_deeper_net_takes_four_convs_by_place_and_three_fc_layers_from_a(net_name):
+    parent = weights(name="A-256")
+    net = build_net(net_name, **SMALL)
+    initialise_net(net, "he", width=1 / 8, seed=1, name="child")
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    copied = copy_from_parent(net, parent, net_name=net_name, parent_name="A", head="paper")
+
+    after, a_names = net.state_dict(), conv_names("A")
+    expected = {f"{fc}.{kind}": f"{fc}.{kind}" for fc in FC_NAMES["paper"] for kind in ("weight", "bias")}
+    for place in ("conv1_1", "conv2_1", "conv3_1", "conv3_2"):
+        for kind in ("weight", "bias"):
+            expected[f"{conv_names(net_name)[place]}.{kind}"] = f"{a_names[place]}.{kind}"
+    assert len(copied) == 14
+    assert set(copied) == set(expected)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, parent[expected[name]] if name in expected else before[name]), name
+
+
+def test_the_copied_convs_of_d_stand_at_the_papers_places():
+    parent = weights(name="A-256")
+    net = build_net("D", **SMALL)
+    initialise_net(net, "he", width=1 / 8, seed=1, name="D-256")
+
+    copied = copy_from_parent(net, parent, net_name="D", parent_name="A", head="paper")
+
+    assert [name for name in copied if name.startswith("features") and name.endswith("weight")] == [
+        "features.0.weight",
+        "features.5.weight",
+        "features.10.weight",
+        "features.12.weight",
+    ]
+    assert torch.equal(net.state_dict()["features.12.weight"], parent["features.8.weight"])
+
+
+def test_the_compact_head_takes_its_two_fc_layers():
+    parent = weights(head="compact", name="A-256")
+    net = build_net("B", head="compact", **SMALL)
+    initialise_net(net, "he", width=1 / 8, seed=1, name="B-256")
+
+    copied = copy_from_parent(net, parent, net_name="B", parent_name="A", head="compact")
+
+    assert len(copied) == 12
+    assert {"classifier.1.weight", "classifier.4.weight"} < set(copied)
+    assert torch.equal(net.state_dict()["classifier.4.weight"], parent["classifier.4.weight"])
+
+
+def test_a_net_of_the_same_configuration_takes_every_tensor():
+    parent = weights(net="D", name="D-256")
+    net = build_net("D", **SMALL)
+    initialise_net(net, "he", width=1 / 8, seed=1, name="D-384")
+
+    copied = copy_from_parent(net, parent, net_name="D", parent_name="D", head="paper")
+
+    assert copied == list(parent)
+    assert all(torch.equal(tensor, parent[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("parent_settings", "words"),
+    [
+        ({"classes": 5}, r"the parent's classifier\.6\.weight is \(5, 512\), wanted \(4, 512\).*same .*classes"),
+        ({"crop": 64}, r"classifier\.0\.weight is \(512, 256\), wanted \(512, 64\).*same .*crop"),
+        ({"width": 1 / 16}, r"features\.0\.weight is \(4, 3, 3, 3\), wanted \(8, 3, 3, 3\).*same .*width"),
+        ({"head": "compact"}, r"the parent has no classifier\.0\.weight, wanted \(512, 64\).*same head"),
+    ],
+)
+@pytest.mark.parametrize("net_name", ["A", "D"])
+def test_a_parent_that_does_not_fit_is_refused_before_anything_is_copied(parent_settings, words, net_name):
+    parent = weights(name="A-256", **parent_settings)
+    net = build_net(net_name, **SMALL)
+    initialise_net(net, "he", width=1 / 8, seed=1, name="child")
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    with pytest.raises(RecipeError, match=f"^net {net_name} from a parent A: .*{words}"):
+        copy_from_parent(net, parent, net_name=net_name, parent_name="A", head="paper")
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
