@@ -19,7 +19,10 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         with whole_file(path) as part:
+            part.touch()
+            mode = part.stat().st_mode
             save_file(tensors, part, metadata={"format": "pt"})
+            part.chmod(mode)   # safetensors 0.8 leaves 0600, whatever the umask: a shared store's weights for one user
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{path}: weights cannot be written ({error}); make room, or use another store") from error
 

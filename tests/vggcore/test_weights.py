@@ -1,5 +1,8 @@
 """Weights on disk: what is read is what was written, and a file that does not fit is refused with its name."""
 
+import os
+import stat
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -41,6 +44,17 @@ def test_a_net_takes_its_weights_from_a_file_and_keeps_its_memory_format(tmp_pat
 
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in small_net().state_dict().items())
     assert net.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+
+    try:
+        save_weights({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644
 
 
 def test_a_failed_write_leaves_the_old_weights(tmp_path):

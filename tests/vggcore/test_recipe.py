@@ -1,0 +1,139 @@
+"""The recipe: what is read, and the one line that each mistake gets."""
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+import vggcore.errors
+from vggcore.errors import RecipeError, VggrowError
+from vggcore.recipe import CheckpointEvery, Recipe, load_recipe, parse_recipe
+
+PETS = """
+name = "pets"
+seed = 7
+[data]
+root = "pictures"
+[net]
+crop = 64
+[train]
+patience = 3
+checkpoint_every = "30s"
+[[stage]]
+name = "A-72"
+net = "A"
+scale = 72
+[[stage]]
+name = "D-72-96"
+net = "D"
+scale = [72, 96]
+init_from = "A-72"
+learning_rate = 1e-3
+"""
+
+
+def pets(old: str = "", new: str = "") -> Recipe:
+    assert old in PETS
+    return parse_recipe(PETS.replace(old, new) if old else PETS + new, place="pets.toml", folder=Path("/somewhere"))
+
+
+def test_a_recipe_reads_into_frozen_stages_with_the_defaults_of_the_paper():
+    recipe = pets()
+
+    assert recipe.data.root == Path("/somewhere/pictures")
+    assert [stage.scale for stage in recipe.stages] == [(72, 72), (72, 96)]
+    assert (recipe.train.global_batch, recipe.train.momentum, recipe.train.weight_decay) == (256, 0.9, 5e-4)   # Sec. 3.1
+    assert (recipe.train.learning_rate, recipe.train.drops, recipe.net.dropout, recipe.train.max_epochs) == (1e-2, 3, 0.5, 74)
+    with pytest.raises(Exception, match="frozen"):
+        recipe.train.patience = 4
+
+
+# fmt: off
+MISTAKES = [
+    ("patience = 3",         "pacience = 3",            r"pets.toml: \[train\]: unknown key 'pacience'; did you mean 'patience'\?"),
+    ("seed = 7",             "sed = 7",                 r"pets.toml: unknown key 'sed'; did you mean 'seed'\?"),
+    ("scale = 72\n",         "scale = 72\nlr = 1\n",    r"stage 'A-72': unknown key 'lr'; there are 'name', 'net', 'scale'"),
+    ("patience = 3",         "patience = 'three'",      r"\[train\] patience: found 'three', wanted a valid integer"),
+    ("patience = 3",         "patience = '3'",          r"\[train\] patience: found '3', wanted a valid integer"),
+    ("patience = 3",         "patience = 0",            r"\[train\] patience: found 0, wanted greater than or equal to 1"),
+    ('net = "D"',            'net = "F"',               r"stage 'D-72-96' net: found 'F', wanted 'A', 'A-LRN', 'B', 'C', 'D' or 'E'"),
+    ("scale = [72, 96]",     "scale = [48, 96]",        r"stage 'D-72-96': scale is \[48, 96\], but needs 64 <= low <= high"),
+    ("scale = [72, 96]",     "scale = [96, 72]",        r"stage 'D-72-96': scale is \[96, 72\]"),
+    ("scale = [72, 96]",     "scale = '72'",            r"stage 'D-72-96' scale: found '72', wanted a number of pixels, or two"),
+    ("scale = [72, 96]",     "scale = [72, 96, 128]",   r"wanted a number of pixels, or two as \[low, high\]"),
+    ('init_from = "A-72"',   'init_from = "A-27"',      r"stage 'D-72-96': init_from names 'A-27', which is no stage here; did you mean 'A-72'\?"),
+    ("scale = 72\n",         'scale = 72\ninit_from = "D-72-96"\n', r"in a circle: A-72 from D-72-96 from A-72"),
+    ('init_from = "A-72"',   'init_from = "D-72-96"',   r"in a circle: D-72-96 from D-72-96"),
+    ('name = "D-72-96"',     'name = "A-72"',           r"stage 'A-72' stands twice"),
+    ("crop = 64",            "crop = 72",               r"\[net\] crop: found 72, wanted a multiple of 32"),
+    ('"30s"',                '"30 parsecs"',            r"\[train\] checkpoint_every: found '30 parsecs', wanted a time such as '5min'"),
+    ('root = "pictures"',    "",                        r'\[data\]: needs one of root = "<folder>" and source = "elpv"'),
+    ('root = "pictures"',    'source = "elpv"\nthreshold = 0.3', r'\[data\]: threshold has no effect with labels = "certain"'),
+    ('root = "pictures"',    'root = "x"\nlabels = "all"', r'\[data\]: labels and threshold have no effect without source'),
+    ('root = "pictures"',    'root = "x"\nsplit = {by = "group"}', r'\[data\] split: by = "group" needs group'),
+    ('root = "pictures"',    'root = "x"\nsplit = {group = "a"}', r'\[data\] split: group has no effect without by'),
+    ('root = "pictures"',    'root = "x"\nsplit = {by = "group", group = "("}', r"group '\(' is no regular expression"),
+    ('root = "pictures"',    'root = "x"\nsplit = {val = 0.6, test = 0.5}', r"leave nothing to train on"),
+    ('root = "pictures"',    'root = "x"\nsplit = {by = "folder", val = 0.2}', r"val and test have no effect"),
+    ('name = "pets"',        "",                        r"pets.toml: name is missing"),
+    ('[data]\nroot = "pictures"', "",                   r"pets.toml: \[data\] is missing"),
+    ("seed = 7",             "seed = ",                 r"pets.toml: not TOML: "),
+    ("seed = 7",             'seed = 7\nschedule = "paper"', r'schedule = "paper" takes the place of \[\[stage\]\] tables'),
+    ("",                     '[evaluate]\nstages = ["D-72"]', r"\[evaluate\] stages: no stage 'D-72'; did you mean"),
+    ("",                     "[evaluate]\nscales = [48]", r"\[evaluate\] scales: 48 is below the crop, 64"),
+    ("",                     '[register]\nstage = "best"', r"\[register\] stage: no stage 'best'"),
+    ("",                     '[register]\nfloor = 2.0', r"\[register\] floor: found 2.0, wanted less than 1"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("old", "new", "words"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_place_what_was_found_and_what_was_wanted(old, new, words):
+    with pytest.raises(RecipeError) as caught:
+        pets(old, new)
+
+    message = str(caught.value)
+    assert re.search(words, message), message
+    assert "\n" not in message.partition(": not TOML")[0]
+
+
+def test_no_stages_at_all_is_refused(tmp_path):
+    recipe = tmp_path / "empty.toml"
+    recipe.write_text('name = "x"\n[data]\nsource = "elpv"\n')
+
+    with pytest.raises(RecipeError, match=r"needs \[\[stage\]\] tables, or schedule = \"paper\""):
+        load_recipe(recipe)
+
+
+def test_the_papers_schedule_expands_to_twelve_stages_that_all_start_from_a():
+    recipe = parse_recipe('name = "x"\nschedule = "paper"\n[data]\nsource = "elpv"\n', place="x", folder=Path())
+
+    by_name = {stage.name: stage for stage in recipe.stages}
+    assert list(by_name) == [
+        *("A-256", "A-LRN-256", "B-256"),
+        *(f"{net}-{scale}" for net in "CDE" for scale in ("256", "384", "256-512")),
+    ]
+    for name in ("B-256", "C-256", "D-256", "E-256"):
+        assert by_name[name].init_from == "A-256"
+    assert by_name["E-384"].init_from == "E-256" and by_name["E-384"].learning_rate == 1e-3
+    assert by_name["E-256-512"].init_from == "E-384" and by_name["E-256-512"].scale == (256, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "iterations"),
+    [("5min", 300.0, None), ("30s", 30.0, None), ("2h", 7200.0, None), ("500 iterations", None, 500)],
+)
+def test_checkpoints_are_timed_by_the_clock_or_by_iterations(text, seconds, iterations):
+    every = CheckpointEvery.parse(text)
+
+    assert (every.seconds, every.iterations) == (seconds, iterations)
+
+
+def test_every_error_survives_the_way_from_a_ray_worker():
+    errors = [value for value in vars(vggcore.errors).values() if isinstance(value, type) and issubclass(value, VggrowError)]
+
+    assert len(errors) >= 9
+    for kind in errors:
+        error = pickle.loads(pickle.dumps(kind("D-72: found 1, wanted 2")))
+        assert type(error) is kind and str(error) == "D-72: found 1, wanted 2"

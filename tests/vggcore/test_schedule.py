@@ -1,0 +1,135 @@
+"""Stages and their keys: what changes a weight changes the key, and nothing else does."""
+
+from pathlib import Path
+
+import pytest
+
+from vggcore.recipe import BEST_ON_VAL, parse_recipe
+from vggcore.schedule import EXEMPT, Stage, evaluated_stages, resolve_stages, schedule_key, stage_keys
+
+RECIPE = """
+name = "pets"
+[data]
+root = "pictures"
+[[stage]]
+name = "D-256"
+net = "D"
+scale = 256
+init_from = "A-256"
+[[stage]]
+name = "A-256"
+net = "A"
+scale = 256
+[[stage]]
+name = "D-384"
+net = "D"
+scale = 384
+init_from = "D-256"
+learning_rate = 1e-3
+max_epochs = 20
+"""
+CLASSES, FINGERPRINT = ("cat", "dog"), "0" * 32
+
+
+def stages_of(text: str) -> tuple[Stage, ...]:
+    return resolve_stages(parse_recipe(text, place="pets.toml", folder=Path("/somewhere")))
+
+
+def keys_of(text: str, classes=CLASSES, fingerprint=FINGERPRINT) -> dict[str, str]:
+    return stage_keys(stages_of(text), classes=classes, fingerprint=fingerprint)
+
+
+def test_parents_come_first_and_a_stages_own_settings_win():
+    stages = stages_of(RECIPE)
+
+    assert [stage.name for stage in stages] == ["A-256", "D-256", "D-384"]
+    assert [stage.learning_rate for stage in stages] == [1e-2, 1e-2, 1e-3]
+    assert [stage.max_epochs for stage in stages] == [74, 74, 20]
+
+
+# Every field of the recipe, a changed value, and the stages whose keys must change with it.
+ALL = {"A-256", "D-256", "D-384"}
+# fmt: off
+CHANGES = [
+    ("seed",             'name = "pets"\nseed = 8', 'name = "pets"', ALL),
+    ("head",             '[net]\nhead = "compact"', "", ALL),
+    ("width",            "[net]\nwidth = 0.5", "", ALL),
+    ("crop",             "[net]\ncrop = 192", "", ALL),
+    ("dropout",          "[net]\ndropout = 0.4", "", ALL),
+    ("initialise",       '[net]\ninitialise = "he"', "", ALL),
+    ("standardise",      'root = "pictures"\nstandardise = true', 'root = "pictures"', ALL),
+    ("flip",             "[augment]\nflip = false", "", ALL),
+    ("colour",           "[augment]\ncolour = 0.2", "", ALL),
+    ("global_batch",     "[train]\nglobal_batch = 128", "", ALL),
+    ("momentum",         "[train]\nmomentum = 0.8", "", ALL),
+    ("weight_decay",     "[train]\nweight_decay = 1e-4", "", ALL),
+    ("drops",            "[train]\ndrops = 2", "", ALL),
+    ("patience",         "[train]\npatience = 4", "", ALL),
+    ("max_epochs",       "[train]\nmax_epochs = 30", "", ALL),
+    ("learning_rate",    "[train]\nlearning_rate = 2e-2", "", ALL),
+    ("precision",        '[train]\nprecision = "bf16"', "", ALL),
+    ("channels_last",    "[train]\nchannels_last = false", "", ALL),
+    ("compile",          "[train]\ncompile = true", "", ALL),
+    ("net",              'net = "A-LRN"', 'net = "A"', ALL),
+    ("scale",            "scale = [256, 288]\ninit_from = \"A-256\"", 'scale = 256\ninit_from = "A-256"', {"D-256", "D-384"}),
+    ("learning_rate",    "learning_rate = 2e-3", "learning_rate = 1e-3", {"D-384"}),
+    ("init_from",        'scale = 384\ninit_from = "A-256"', 'scale = 384\ninit_from = "D-256"', {"D-384"}),
+    ("micro_batch",      "[train]\nmicro_batch = 32", "", set()),
+    ("checkpoint_every", '[train]\ncheckpoint_every = "1min"', "", set()),
+    ("name",             'name = "first"', 'name = "A-256"', set()),
+    ("max_bad",          'root = "pictures"\nmax_bad = 0.5', 'root = "pictures"', set()),
+    ("[evaluate]",       '[evaluate]\nprotocol = "centre"', "", set()),
+    ("[register]",       "[register]\nfloor = 0.5", "", set()),
+    ("recipe's name",    'name = "cats"', 'name = "pets"', set()),
+    ("a comment",        "# a word", "", set()),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("field", "new", "old", "changed"), CHANGES, ids=[f"{row[0]}-{n}" for n, row in enumerate(CHANGES)])
+def test_a_key_follows_what_changes_a_weight_and_nothing_else(field, new, old, changed):
+    text = RECIPE.replace(old, new) if old else RECIPE + new
+    if field == "name":
+        text = text.replace('init_from = "A-256"', 'init_from = "first"')
+
+    before, after = keys_of(RECIPE), {name.replace("first", "A-256"): key for name, key in keys_of(text).items()}
+
+    assert text != RECIPE
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_every_setting_of_a_stage_is_in_the_table_above_or_exempt_by_name():
+    tried = {field for field, _, _, _ in CHANGES}
+
+    assert set(Stage.model_fields) == tried & set(Stage.model_fields)
+    assert {field for field, _, _, changed in CHANGES if not changed} >= EXEMPT - {"init_from"}
+
+
+def test_other_pictures_or_another_order_of_classes_are_another_stage():
+    assert set(keys_of(RECIPE).values()).isdisjoint(keys_of(RECIPE, fingerprint="1" * 32).values())
+    assert set(keys_of(RECIPE).values()).isdisjoint(keys_of(RECIPE, classes=("dog", "cat")).values())
+
+
+def test_keys_are_the_same_for_ever():
+    assert keys_of(RECIPE) == {"A-256": "63871f13f3792613", "D-256": "07ecd7ad2de5c149", "D-384": "28c6e684f9c1fbbb"}
+    assert schedule_key("pets", keys_of(RECIPE)) == "9dbcffb73ec4729b"
+
+
+def test_test_scales_are_those_of_the_paper_at_its_crop_and_never_below_a_crop():
+    a, d, _ = stages_of(RECIPE)
+    jittered = d.model_copy(update={"scale": (256, 512)})
+    small = a.model_copy(update={"crop": 64, "scale": (68, 68)})
+
+    assert a.default_test_scales == (224, 256, 288)   # Sec. 4.2: S-32, S, S+32
+    assert jittered.default_test_scales == (256, 384, 512)   # Sec. 4.2
+    assert jittered.middle_scale == 384   # Sec. 4.1
+    assert small.default_test_scales == (64, 68, 77)
+
+
+def test_what_may_be_registered_is_evaluated_too():
+    def names(text: str) -> tuple[str, ...]:
+        return evaluated_stages(parse_recipe(text, place="x", folder=Path()))
+
+    assert names(RECIPE) == ("D-384",)
+    assert names(RECIPE + '[evaluate]\nstages = ["A-256"]') == ("A-256", "D-384")
+    assert names(RECIPE + f'[evaluate]\nstages = ["A-256"]\n[register]\nstage = "{BEST_ON_VAL}"') == ("A-256",)
