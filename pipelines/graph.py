@@ -1,0 +1,153 @@
+"""The three DALI graphs, read from path to tensor: a training view, a centre crop, a whole picture.
+
+Each is a pure function of the rows that its source hands it (see plan.py); none draws a random number. The GPU side is
+written as DALI documents it and has not been tried on a GPU yet.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+from nvidia.dali import fn, pipeline_def, types
+
+Device = Literal["cpu", "gpu"]
+Source = Callable[[Any], tuple[Any, ...]]  # BatchInfo -> one batch of every column; StopIteration at the epoch's end
+Deviation = Sequence[float] | None  # RGB, levels 0..255; None: no division (the paper's)
+
+# The columns a source hands to a graph, in order, one row a picture: type and number of dimensions of a row.
+VIEW_COLUMNS = {
+    "path": (types.UINT8, 1),  # (bytes,) the file's absolute path
+    "picture": (types.INT64, 0),  # the row in Pictures, handed through
+    "start": (types.INT32, 1),  # (2,) y, x: first pixel to decode
+    "end": (types.INT32, 1),  # (2,) one past the last
+    "roi_start": (types.FLOAT, 1),  # (2,) y, x: the crop's corners, in source pixels after `start`
+    "roi_end": (types.FLOAT, 1),  # (2,)
+    "mirror": (types.INT32, 0),  # 1: left and right exchanged
+    "mean": (types.FLOAT, 1),  # (3,) RGB, subtracted; the training set's mean less the view's colour shift
+}
+CENTRE_COLUMNS = {name: kind for name, kind in VIEW_COLUMNS.items() if name != "mirror"}
+WHOLE_COLUMNS = {
+    "path": (types.UINT8, 1),
+    "picture": (types.INT64, 0),
+    "size": (types.FLOAT, 1),  # (2,) height, width at shorter side Q, whole numbers
+}
+
+
+def columns(source: Source, wanted: dict[str, tuple[types.DALIDataType, int]]) -> Any:
+    """The source's columns as nodes of a graph; one call of `source` a batch, which yields contiguous arrays."""
+    return fn.external_source(
+        source=source,
+        num_outputs=len(wanted),
+        batch=True,
+        batch_info=True,
+        dtype=[dtype for dtype, _ in wanted.values()],
+        ndim=[dimensions for _, dimensions in wanted.values()],
+    )
+
+
+def upright_sizes(encoded: Any) -> Any:
+    """Height and width of each encoded picture, (2,) int32; fails where a file is no picture.
+
+    The decoder must come after it and must get no window outside a picture: DALI 2.4.0's own check of a batch of more
+    than 4 * (threads + 1) pictures leaves its threads running when it fails, and the process dies by a segmentation
+    fault (dali/operators/imgcodec/image_decoder.h, SetupImpl: RunAll(false), an exception, no WaitForWork).
+    """
+    return fn.peek_image_shape(encoded, dtype=types.INT32)[0:2]
+
+
+def within(sizes: Any, start: Any, end: Any, roi_start: Any, roi_end: Any) -> tuple[Any, Any, Any, Any]:
+    """The window as planned, or the whole of a side that is shorter than the plan thought (see upright_sizes).
+
+    What comes of such a picture is of no use; the loader sees by its size that it's another one, and says so.
+    """
+    fits, not_fits = end <= sizes, end > sizes
+    return start * fits, end * fits + sizes * not_fits, roi_start * fits, roi_end * fits + sizes * not_fits
+
+
+# exec_dynamic: without it one broken picture ends the pipeline, and outputs that are still held are overwritten.
+dali_graph = cast(Callable[[Callable[..., Any]], Callable[..., Any]], pipeline_def(exec_dynamic=True))
+
+
+@dali_graph
+def train_graph(source: Source, device: Device, crop: int, deviation: Deviation) -> Any:
+    """One training view a picture (Sec. 3.1): a window of the rescaled picture, perhaps mirrored, colours shifted.
+
+    source: yields VIEW_COLUMNS a batch, as plan.py says of each view; the graph itself draws nothing.
+    Returns images (N, 3, crop, crop) float32, RGB, 0..255 less the mean; pictures (N,) int64, as they came;
+    sizes (N, 2) int32, the files' upright height and width now.
+    """
+    paths, pictures, start, end, roi_start, roi_end, mirror, mean = columns(source, VIEW_COLUMNS)
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)  # mmap: a file truncated meanwhile kills the process
+    sizes = upright_sizes(encoded)
+    if device == "gpu":  # whole: a window's decode crashed an H100 (nvImageCodec #55)
+        pixels = fn.decoders.image(encoded, device="mixed")
+        roi_start, roi_end = roi_start + start, roi_end + start
+    else:
+        start, end, roi_start, roi_end = within(sizes, start, end, roi_start, roi_end)
+        pixels = fn.decoders.image_slice(encoded, start=start, end=end, axis_names="HW")
+    crops = fn.resize(pixels, size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False)
+    images = fn.crop_mirror_normalize(
+        crops, mirror=mirror, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
+    )
+    return images, pictures, sizes
+
+
+@dali_graph
+def centre_graph(source: Source, device: Device, crop: int, deviation: Deviation) -> Any:
+    """The centre crop of a picture rescaled to shorter side Q; no flip, no colour shift.
+
+    source: yields CENTRE_COLUMNS a batch.
+    Returns images (N, 3, crop, crop) float32, RGB, 0..255 less the mean; pictures (N,) int64, as they came;
+    sizes (N, 2) int32, the files' upright height and width now.
+    """
+    paths, pictures, start, end, roi_start, roi_end, mean = columns(source, CENTRE_COLUMNS)
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    sizes = upright_sizes(encoded)
+    if device == "gpu":
+        pixels = fn.decoders.image(encoded, device="mixed")
+        roi_start, roi_end = roi_start + start, roi_end + start
+    else:
+        start, end, roi_start, roi_end = within(sizes, start, end, roi_start, roi_end)
+        pixels = fn.decoders.image_slice(encoded, start=start, end=end, axis_names="HW")
+    crops = fn.resize(pixels, size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False)
+    images = fn.crop_mirror_normalize(crops, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW")
+    return images, pictures, sizes
+
+
+@dali_graph
+def whole_graph(source: Source, device: Device, mean: Sequence[float], deviation: Deviation) -> Any:
+    """The whole picture at shorter side Q, for the dense protocol (Sec. 3.2).
+
+    source: yields WHOLE_COLUMNS a batch; all pictures of a batch have one size.
+    Returns images (N, 3, h, w) float32, RGB, 0..255 less the mean; pictures (N,) int64, as they came;
+    sizes (N, 2) int32, the files' upright height and width now.
+    """
+    paths, pictures, size = columns(source, WHOLE_COLUMNS)
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    sizes = upright_sizes(encoded)
+    if device == "gpu":
+        pixels = fn.decoders.image(encoded, device="mixed")
+    else:  # the same as decoders.image, after `sizes`
+        pixels = fn.decoders.image_slice(encoded, start=sizes * 0, end=sizes, axis_names="HW")
+    rescaled = fn.resize(pixels, size=size, antialias=True, subpixel_scale=False)
+    images = fn.crop_mirror_normalize(rescaled, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW")
+    return images, pictures, sizes
+
+
+def build(graph: Callable[..., Any], source: Source, device: str, *, batch: int, threads: int, **settings: Any) -> Any:
+    """A built DALI pipeline of one of the graphs above (milliseconds on a CPU).
+
+    device: "cpu" or "cuda:<n>"; batch: the most pictures a batch may have; threads: DALI's CPU threads;
+    settings: the graph's own keywords.
+    """
+    on_gpu = device.startswith("cuda")
+    pipeline = graph(
+        source=source,
+        device="gpu" if on_gpu else "cpu",
+        batch_size=batch,
+        num_threads=threads,
+        device_id=int(device.partition(":")[2] or 0) if on_gpu else None,
+        prefetch_queue_depth=2,  # one batch is made while the one before it is used
+        **settings,
+    )
+    pipeline.build()
+    return pipeline

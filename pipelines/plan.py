@@ -1,0 +1,188 @@
+"""The plan of views: which picture is seen at which place of an epoch, and how, as a pure function of integers.
+
+No random number is drawn while pictures are read. Every draw is a hash of (seed, net, scale, epoch, place), so that a
+view is the same for any number of workers, from any iteration on, and can be printed, repeated and drawn by hand.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vggcore.counter_hash import hash64, normals, uniforms
+
+if TYPE_CHECKING:
+    from pipelines.colour import Colour
+    from pipelines.manifest import Pictures
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ViewRule:
+    """What decides a stage's training views, the pictures apart (Sec. 3.1)."""
+
+    seed: int
+    net: str
+    scale: tuple[int, int]  # shorter side S in pixels, drawn per view from [low, high]; (256, 256) is a fixed S
+    crop: int  # pixels, both sides
+    flip: bool  # mirror half of the views
+    colour: float  # deviation of the three colour strengths; 0: no shift
+    global_batch: int  # pictures an iteration, over all workers
+
+
+@dataclass(frozen=True)
+class Views:
+    """N views, one row each: a picture, rescaled so that its shorter side is S, and the crop taken from that."""
+
+    crop: int  # pixels, both sides, the same in all rows
+    picture: Integers  # (N,) row in Pictures
+    label: Integers  # (N,)
+    scale: Integers  # (N,) shorter side S, pixels
+    scaled_h: Integers  # (N,) the whole picture's height at S, pixels
+    scaled_w: Integers  # (N,)
+    offset_y: Integers  # (N,) the crop's upper edge in the rescaled picture
+    offset_x: Integers  # (N,)
+    mirror: NDArray[np.int32]  # (N,) 1: left and right exchanged
+    shift: NDArray[np.float64]  # (N, 3) RGB, added to every pixel, in levels 0..255
+
+    def __len__(self) -> int:
+        return len(self.picture)
+
+    def __getitem__(self, rows: slice | Integers) -> "Views":
+        """The views of these rows."""
+        columns = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "crop"}
+        return Views(crop=self.crop, **columns)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where N views lie in their pictures: the pixels to decode, and within these the region that becomes the crop."""
+
+    start: NDArray[np.int32]  # (N, 2) first row and column to decode, in the upright picture
+    end: NDArray[np.int32]  # (N, 2) one past the last
+    roi_start: NDArray[np.float32]  # (N, 2) y, x of the crop's upper left corner, source pixels after `start`
+    roi_end: NDArray[np.float32]  # (N, 2) of its lower right corner
+
+
+def permutation(rule: ViewRule, epoch: int, n: int) -> Integers:
+    """The order in which epoch number `epoch` sees n pictures: (n,) rows, each once."""
+    order = hash64("permutation", rule.seed, rule.net, *rule.scale, epoch, np.arange(n, dtype=np.int64))
+    return np.argsort(order, kind="stable").astype(np.int64)
+
+
+def batches_per_epoch(n: int, global_batch: int) -> int:
+    """Iterations an epoch over n pictures; the last batch may be short."""
+    return -(-n // global_batch)
+
+
+def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The rows [start, stop) of a batch of `size` that worker `rank` reads; shares differ by one picture at most."""
+    least, longer = divmod(size, world_size)
+    start = rank * least + min(rank, longer)
+    return start, start + least + (rank < longer)
+
+
+def scaled_side(side: Integers, short: Integers, scale: Integers | int) -> Integers:
+    """A side's length, in pixels, once the shorter side is `scale`: rounded to nearest, halves up, in integers."""
+    scaled: Integers = (2 * side * scale + short) // (2 * short)
+    return scaled
+
+
+def views(
+    rule: ViewRule,
+    pictures: "Pictures",
+    colour: "Colour",
+    epoch: int,
+    positions: Integers,
+    order: Integers | None = None,
+) -> Views:
+    """The views at these positions, (N,) >= 0, of epoch number `epoch` (Sec. 3.1).
+
+    order: permutation(rule, epoch, number of pictures), where it is at hand; worked out if not given.
+    """
+    if order is None:
+        order = permutation(rule, epoch, len(pictures.paths))
+    low, high = rule.scale
+    key = hash64("view", rule.seed, rule.net, low, high, epoch)
+    picture = order[positions]
+    height, width = pictures.heights[picture], pictures.widths[picture]
+    short = np.minimum(height, width)
+    scale = low + whole(uniforms(key, positions, "scale") * (high - low + 1))
+    scaled_h, scaled_w = scaled_side(height, short, scale), scaled_side(width, short, scale)
+    return Views(
+        crop=rule.crop,
+        picture=picture,
+        label=pictures.labels[picture],
+        scale=scale,
+        scaled_h=scaled_h,
+        scaled_w=scaled_w,
+        offset_y=whole(uniforms(key, positions, "offset_y") * (scaled_h - rule.crop + 1)),
+        offset_x=whole(uniforms(key, positions, "offset_x") * (scaled_w - rule.crop + 1)),
+        mirror=(uniforms(key, positions, "mirror") < 0.5 if rule.flip else np.zeros(len(picture))).astype(np.int32),
+        shift=colour_shift(colour, rule.colour * normals(key, positions[:, np.newaxis], "colour", np.arange(3))),
+    )
+
+
+def whole(draws: NDArray[np.float64]) -> Integers:
+    """Draws >= 0, rounded down."""
+    return np.floor(draws).astype(np.int64)
+
+
+def colour_shift(colour: "Colour", strength: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The RGB shift 255 * sum_i a_i l_i p_i in levels, (N, 3), for strengths a (N, 3) (Sec. 3.1, Krizhevsky 2012).
+
+    l and p: eigenvalues and eigenvectors of the covariance on 0..1. No matmul: BLAS changes bits with the row count.
+    """
+    shift = np.zeros_like(strength)
+    for axis in range(3):
+        shift += strength[:, axis, np.newaxis] * (255 * colour.eigenvalues[axis] * colour.axes[:, axis])
+    return shift
+
+
+def centre_views(pictures: "Pictures", indices: Integers, test_scale: int, crop: int) -> Views:
+    """The centre crops of these pictures, (N,) rows, at shorter side `test_scale` Q; offset (n - crop) // 2 (ours)."""
+    rows = full_views(pictures, indices, test_scale)
+    return replace(rows, crop=crop, offset_y=(rows.scaled_h - crop) // 2, offset_x=(rows.scaled_w - crop) // 2)
+
+
+def full_views(pictures: "Pictures", indices: Integers, test_scale: int) -> Views:
+    """These pictures, (N,) rows, whole and uncropped (crop 0) at shorter side `test_scale` (Q) (Sec. 3.2)."""
+    height, width = pictures.heights[indices], pictures.widths[indices]
+    short = np.minimum(height, width)
+    none = np.zeros(len(indices), np.int64)
+    return Views(
+        crop=0,
+        picture=indices,
+        label=pictures.labels[indices],
+        scale=np.full(len(indices), test_scale, np.int64),
+        scaled_h=scaled_side(height, short, test_scale),
+        scaled_w=scaled_side(width, short, test_scale),
+        offset_y=none,
+        offset_x=none,
+        mirror=none.astype(np.int32),
+        shift=np.zeros((len(indices), 3)),
+    )
+
+
+def window(rows: Views, heights: Integers, widths: Integers) -> Window:
+    """Where these views lie in their own pictures; heights, widths (N,): the pictures' upright sizes in pixels.
+
+    Along a side of n scaled pixels the crop covers [o*side/n, (o + crop)*side/n) of the source. It is decoded with a
+    margin of ceil(side/n) + 1 pixels, the resampling filter's reach (less shows at large pictures), within the picture.
+    """
+    side = np.stack([heights, widths], axis=1)  # (N, 2): y, x
+    scaled = np.stack([rows.scaled_h, rows.scaled_w], axis=1)
+    offset = np.stack([rows.offset_y, rows.offset_x], axis=1)
+    first = offset * side / scaled
+    last = first + rows.crop * side / scaled
+    margin = -(-side // scaled) + 1
+    start = np.maximum(np.floor(first).astype(np.int64) - margin, 0)
+    end = np.minimum(np.ceil(last).astype(np.int64) + margin, side)
+    return Window(
+        start=start.astype(np.int32),
+        end=end.astype(np.int32),
+        roi_start=(first - start).astype(np.float32),
+        roi_end=(last - start).astype(np.float32),
+    )
