@@ -1,0 +1,61 @@
+"""The learning-rate rule on made-up accuracy curves (Sec. 3.1)."""
+
+import pytest
+import torch
+
+from training.optimise import Plateau, make_optimizer
+from vggcore.schedule import Stage
+
+
+def run_rule(curve: list[float], *, patience: int = 2, drops: int = 3) -> list[Plateau]:
+    rule = Plateau(learning_rate=1e-2, drops_left=drops, patience=patience)
+    states = []
+    for epoch, val_top1 in enumerate(curve):
+        rule = rule.after(epoch, val_top1)
+        states.append(rule)
+    return states
+
+
+def test_gains_keep_the_rate():
+    states = run_rule([0.1, 0.2, 0.3, 0.4])
+
+    assert {state.learning_rate for state in states} == {1e-2}
+    assert states[-1].best == 0.4 and states[-1].best_epoch == 3
+
+
+def test_an_equal_accuracy_is_no_gain():
+    states = run_rule([0.5, 0.5, 0.5], patience=2)
+
+    assert [state.stalled for state in states] == [0, 1, 0]
+    assert states[-1].learning_rate == pytest.approx(1e-3)
+
+
+def test_a_gain_resets_the_counter():
+    states = run_rule([0.5, 0.4, 0.6, 0.5, 0.5], patience=2)
+
+    assert [state.stalled for state in states] == [0, 1, 0, 1, 0]
+    assert [state.drops_left for state in states] == [3, 3, 3, 3, 2]
+
+
+def test_three_divisions_then_the_next_stall_ends_the_stage():
+    states = run_rule([0.5] + [0.4] * 8, patience=2, drops=3)
+
+    assert [state.learning_rate for state in states[::2]] == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5, 1e-5])
+    assert [state.finished for state in states] == [False] * 8 + [True]
+
+
+def test_without_drops_the_first_stall_ends_the_stage():
+    assert run_rule([0.5, 0.5, 0.5], patience=2, drops=0)[-1].finished
+
+
+def test_weight_decay_and_momentum_reach_the_biases_too():
+    bias = torch.nn.Parameter(torch.ones(1))
+    stage = Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    optimizer = make_optimizer([bias], stage)
+
+    for _ in range(2):
+        bias.grad = torch.zeros(1)
+        optimizer.step()
+
+    # v1 = 0.5 * 1; w1 = 1 - 0.05; v2 = 0.9 * 0.5 + 0.5 * 0.95; w2 = w1 - 0.1 * v2
+    assert bias.item() == pytest.approx(0.95 - 0.1 * (0.45 + 0.475))

@@ -1,0 +1,167 @@
+"""The paper's test protocols (Sec. 3.2) on one split: a finished stage's posteriors for every picture, and their figures."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.colour import Colour
+from pipelines.loader import TestLoader
+from pipelines.manifest import Manifest, Pictures
+from training.store import Store, read_json
+from vggcore.dense import dense_posteriors
+from vggcore.digest import digest
+from vggcore.metrics import balanced_accuracy, confusion_matrix, macro_auc, top_k_accuracy
+from vggcore.nets import Vgg, build_net
+from vggcore.recipe import Protocol
+from vggcore.schedule import Stage
+from vggcore.weights import load_weights
+from vggcore.whole_file import whole_file, write_json
+
+BATCH_PIXELS = 2**22      # pixels a forward pass: 83 crops of 224, one picture of 2048x2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a stage reached under one protocol; `folder` holds posteriors.parquet and evaluation.json."""
+
+    folder: Path
+    facts: dict[str, Any]      # evaluation.json
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy, 0..1."""
+        return float(self.facts["top1_accuracy"])
+
+
+def evaluate_stage(
+    store: Store,
+    stage: Stage,
+    key: str,
+    weights: Path,
+    manifest: Manifest,
+    *,
+    protocol: Protocol,
+    scales: Sequence[int] | None,
+    split: str = "test",
+    device: str = "cpu",
+    threads: int = 1,
+) -> Evaluation:
+    """Evaluates a stage's weights, or reads what was found before: the same question is never computed twice.
+
+    scales: test scales Q; None: one, at S or the middle of the range, for "centre", and those of Sec. 4.2 for "dense".
+    """
+    scales = tuple(scales) if scales is not None else default_scales(stage, protocol)
+    question = {"protocol": protocol, "scales": list(scales), "split": split, "fingerprint": manifest.fingerprint}
+    folder = store.evaluation(key, digest(question, hex_characters=16))
+    known = read_json(folder / "evaluation.json")
+    if known is not None:
+        return Evaluation(folder, known)
+    began = time.monotonic()
+    pictures = manifest.split(split)
+    posteriors = evaluate_weights(
+        load_weights(weights),
+        stage,
+        pictures,
+        manifest.colour,
+        classes=len(manifest.classes),
+        protocol=protocol,
+        scales=scales,
+        device=device,
+        threads=threads,
+    )
+    facts = {
+        "stage": stage.name,
+        "stage_key": key,
+        **question,
+        **figures(posteriors, pictures.labels, len(manifest.classes)),
+        "classes": list(manifest.classes),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    table = pa.table(
+        {
+            "path": pa.array([str(path) for path in pictures.paths]),
+            "content": pa.array([str(content) for content in pictures.contents]),
+            "label": pa.array(pictures.labels, pa.int64()),
+            "posteriors": pa.array(list(posteriors), pa.list_(pa.float32())),
+        }
+    )
+    with whole_file(folder / "posteriors.parquet") as part:
+        pq.write_table(table, part)
+    write_json(folder / "evaluation.json", facts)
+    return Evaluation(folder, facts)
+
+
+def evaluate_weights(
+    weights: dict[str, Tensor],
+    stage: Stage,
+    pictures: Pictures,
+    colour: Colour,
+    *,
+    classes: int,
+    protocol: Protocol,
+    scales: Sequence[int],
+    device: str,
+    threads: int,
+) -> NDArray[np.float32]:
+    """(pictures, classes) posteriors of a stage's net with these weights; colour: of what the net was trained on."""
+    torch.set_num_threads(threads)
+    net = build_net(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=0.0)
+    net.load_state_dict(weights)
+    loader = TestLoader(pictures, colour, standardise=stage.standardise, device=device, threads=threads)
+    try:
+        return split_posteriors(net.to(device).eval(), loader, stage.crop, protocol, scales, len(pictures))
+    finally:
+        loader.close()
+
+
+def default_scales(stage: Stage, protocol: Protocol) -> tuple[int, ...]:
+    """One scale for a centre crop, the multi-scale test of Sec. 4.2 for the dense protocol."""
+    return (stage.middle_scale,) if protocol == "centre" else stage.default_test_scales
+
+
+@torch.inference_mode()
+def split_posteriors(
+    net: Vgg, loader: TestLoader, crop: int, protocol: Protocol, scales: Sequence[int], pictures: int
+) -> NDArray[np.float32]:
+    """(pictures, classes) soft-max posteriors, averaged over the test scales; dense: also over the flip (Sec. 3.2)."""
+    total: NDArray[np.float64] | None = None
+    for scale in scales:
+        if protocol == "centre":
+            views = loader.centre(scale, crop, max(1, BATCH_PIXELS // crop**2))
+        else:
+            views = loader.whole(scale, max(1, BATCH_PIXELS // (2 * scale**2)))
+        for images, _, indices in views:
+            if protocol == "centre":
+                found = torch.softmax(net(images).float(), dim=1)
+            else:
+                found = (dense_posteriors(net, images) + dense_posteriors(net, images.flip(3))) / 2
+            if total is None:
+                total = np.zeros((pictures, found.shape[1]))
+            total[np.asarray(indices)] += found.double().cpu().numpy()
+    assert total is not None, "an empty split is refused by the scan"
+    return (total / len(scales)).astype(np.float32)
+
+
+def figures(posteriors: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> dict[str, Any]:
+    """The figures of a split: accuracies 0..1, AUC (None where a split has one class only), mean loss, confusion."""
+    predictions = posteriors.argmax(1)
+    right = np.clip(posteriors[np.arange(len(labels)), labels], 1e-12, 1.0)
+    auc = macro_auc(posteriors, labels)
+    return {
+        "pictures": len(labels),
+        "top1_accuracy": top_k_accuracy(posteriors, labels),
+        **({"top5_accuracy": top_k_accuracy(posteriors, labels, k=5)} if classes > 5 else {}),
+        "balanced_accuracy": balanced_accuracy(predictions, labels, classes),
+        "auc": auc if np.isfinite(auc) else None,
+        "loss": float(-np.log(right).mean()),
+        "confusion": confusion_matrix(predictions, labels, classes).tolist(),
+    }

@@ -1,0 +1,53 @@
+"""What moves the weights: SGD with momentum and decay, and the rule that lowers the learning rate (Sec. 3.1). Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vggcore.schedule import Stage
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The learning-rate rule's memory between epochs.
+
+    A strict gain in val top-1 over the best so far resets the counter; `patience` epochs without one divide the rate by
+    10 and reset the counter; after `drops` divisions, the next such stall ends the stage (Sec. 3.1: three divisions).
+    """
+
+    learning_rate: float
+    drops_left: int
+    patience: int
+    best: float = -1.0          # best val top-1 so far; -1 before the first epoch
+    best_epoch: int = -1
+    stalled: int = 0            # epochs since the last gain or drop
+    finished: bool = False
+
+    @classmethod
+    def start(cls, stage: Stage) -> "Plateau":
+        """The rule before the stage's first epoch."""
+        return cls(learning_rate=stage.learning_rate, drops_left=stage.drops, patience=stage.patience)
+
+    def after(self, epoch: int, val_top1: float) -> "Plateau":
+        """The rule after epoch `epoch` reached `val_top1` (0..1)."""
+        if val_top1 > self.best:
+            return replace(self, best=val_top1, best_epoch=epoch, stalled=0)
+        if self.stalled + 1 < self.patience:
+            return replace(self, stalled=self.stalled + 1)
+        if self.drops_left == 0:
+            return replace(self, stalled=self.stalled + 1, finished=True)
+        return replace(self, learning_rate=self.learning_rate / 10, drops_left=self.drops_left - 1, stalled=0)
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage) -> torch.optim.SGD:
+    """SGD with momentum and weight decay on every parameter, biases included (Sec. 3.1)."""
+    return torch.optim.SGD(
+        parameters, lr=stage.learning_rate, momentum=stage.momentum, weight_decay=stage.weight_decay, foreach=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The rate of every following update."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,88 @@
+"""Ray as we start it: on this machine unless an address is named, quiet, with its token readable by the owner alone."""
+
+import logging
+import os
+import secrets
+import socket
+import urllib.parse
+from pathlib import Path
+
+import ray
+
+from training.store import Store
+from vggcore.errors import ClusterError
+
+OBJECT_STORE_BYTES = 256 * 2**20     # our batches never travel through Ray's object store
+CONNECT_TIMEOUT_S = 5.0
+
+# Measured together on 2 cores: a short run of 2 workers 36 s -> 22.5 s, a killed worker trains again after 7 s, not 16.
+QUIET_AND_QUICK = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def start_ray(store: Store, *, address: str | None, cpus: int) -> None:
+    """Connects to the cluster at `address` (or RAY_ADDRESS), or starts Ray here with `cpus` logical CPUs; idempotent.
+
+    Raises ClusterError when the address does not answer.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in QUIET_AND_QUICK.items():
+        os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None or address == "local":
+        keep_token(store.root / "ray_auth_token")
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        return
+    check_address(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"--address {address}: Ray does not let us in: {first_line(error)}") from error
+
+
+def check_address(address: str) -> None:
+    """ClusterError within seconds when nothing listens at `address` ("host:port", "ray://host:port", or "auto")."""
+    if address == "auto":
+        return
+    parts = urllib.parse.urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or port is None:
+        raise ClusterError(f"--address {address}: wanted host:port of a Ray head, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"--address {address}: no Ray head answers there ({error}); is the cluster up?") from error
+
+
+def keep_token(path: Path) -> None:
+    """Makes a token for the local cluster, readable by its owner alone, unless the environment names one."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    if not path.exists():
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        part.rename(path)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

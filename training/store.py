@@ -1,0 +1,146 @@
+"""The store: one folder, local or shared by all nodes, that holds everything a schedule makes (DESIGN: store).
+
+    data/<fingerprint>/      stages/<key>/      schedules/<key>/      evaluations/<key>/      locks/      ray/ (scratch)
+    mlflow.db                artifacts/         (where no tracking server is named)
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vggcore.errors import StoreError
+from vggcore.whole_file import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folders of a store; `root` is absolute."""
+
+    root: Path
+
+    def stage(self, key: str) -> Path:
+        """stage.json, checkpoints/iteration-<n>/, history.jsonl and, last of all, result.json."""
+        return self.root / "stages" / key
+
+    def schedule(self, key: str) -> Path:
+        """recipe.toml and stages.json."""
+        return self.root / "schedules" / key
+
+    def data(self, fingerprint: str) -> Path:
+        """manifest.parquet, quarantine.csv and colour.json."""
+        return self.root / "data" / fingerprint
+
+    def evaluation(self, stage_key: str, key: str) -> Path:
+        """posteriors.parquet and evaluation.json of one protocol."""
+        return self.root / "evaluations" / stage_key / key
+
+    @property
+    def locks(self) -> Path:
+        """Lock files, who holds them, fencing numbers and stop requests."""
+        return self.root / "locks"
+
+    @property
+    def scratch(self) -> Path:
+        """Ray Train's own run folders: nothing there is ever read again."""
+        return self.root / "ray"
+
+    @property
+    def artifacts(self) -> Path:
+        """MLflow's artifacts where no tracking server is named."""
+        return self.root / "artifacts"
+
+
+def open_store(path: Path | str) -> Store:
+    """The store at `path`, made if absent. Raises StoreError for a URL, a file, or a folder that cannot be written."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
+        raise StoreError(
+            f"--store {path}: a URL cannot be a store yet: checkpoints appear by renaming a folder, which object stores"
+            " cannot do; name a folder, on a cluster one that every node mounts at the same path"
+        )
+    root = Path(path).expanduser().absolute()
+    store = Store(root)
+    try:
+        store.locks.mkdir(parents=True, exist_ok=True)
+        probe = store.locks / f".probe.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"--store {path}: cannot be written ({error.strerror}); name a folder that you may write to"
+        ) from error
+    return store
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or None when there is no such file. Raises StoreError when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({error}); move it away and start the same command again") from error
+
+
+@contextmanager
+def hold(store: Store, name: str, *, what: str) -> Iterator[int]:
+    """Holds the store's lock `name` while the block runs and gives its fencing number, one more at every taking.
+
+    A killed holder's lock is free at once (the kernel drops it); its orphaned workers are kept from writing by the
+    number, see fence_holds. Raises StoreError that says who holds the lock.
+    """
+    lock = FileLock(store.locks / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StoreError(f"{what} is held by {holder(store, name)}; wait until it has finished, or stop it") from None
+    try:
+        number = fence_number(store, name) + 1
+        write_text(store.locks / f"{name}.fence", f"{number}\n")
+        held_by = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(store.locks / f"{name}.holder.json", held_by)
+        yield number
+    finally:
+        lock.release()
+
+
+def holder(store: Store, name: str) -> str:
+    """Who took the lock last, in words."""
+    found = read_json(store.locks / f"{name}.holder.json")
+    if found is None:
+        return "another command"
+    return f"process {found['pid']} on {found['host']} since {found['since']}"
+
+
+def fence_number(store: Store, name: str) -> int:
+    """How often the lock has been taken."""
+    try:
+        return int((store.locks / f"{name}.fence").read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def fence_holds(store: Store, name: str, number: int) -> bool:
+    """Whether nobody has taken the lock since it gave `number`: to be asked before every write."""
+    return fence_number(store, name) == number
+
+
+def request_stop(store: Store, name: str, number: int) -> None:
+    """Asks the workers that train under this lock and number to write a checkpoint and return."""
+    write_text(store.locks / f"{name}.stop", f"{number}\n")
+
+
+def stop_requested(store: Store, name: str, number: int) -> bool:
+    """Whether request_stop was called for this number."""
+    try:
+        return (store.locks / f"{name}.stop").read_text() == f"{number}\n"
+    except FileNotFoundError:
+        return False

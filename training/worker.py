@@ -1,0 +1,463 @@
+"""A stage's training loop, the same in every worker: Ray Train runs `train_stage` in each of its processes.
+
+Whatever the number of workers, iteration t trains on the same pictures, seen the same way, with the same dropout masks;
+what the workers make together is the gradient of the global batch's mean loss. Rank 0 alone writes.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train.torch
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.loader import Batch, TestLoader, TrainLoader
+from pipelines.manifest import Manifest, read_manifest
+from pipelines.plan import ViewRule, batches_per_epoch, share
+from training.checkpoint import Checkpoint, Progress, newest_checkpoint, read_checkpoint, write_checkpoint
+from training.history import HistoryWriter, cut_history
+from training.optimise import Plateau, make_optimizer, set_learning_rate
+from training.store import Store, fence_holds, stop_requested
+from vggcore.errors import DatasetError, StoreError, TrainingError, VggrowError
+from vggcore.initialise import copy_from_parent, initialise_net
+from vggcore.nets import Vgg, build_net
+from vggcore.schedule import Stage
+from vggcore.weights import load_weights
+from vggcore.whole_file import write_json
+
+logger = logging.getLogger(__name__)
+
+VAL_BATCH = 64                     # pictures a forward pass on val
+VAL_CACHE_BYTES = 512 * 2**20      # val views stay in memory below this, in each worker
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """All that a worker needs to know; it travels to the workers by pickle."""
+
+    stage: Stage
+    key: str
+    store: Path
+    fingerprint: str
+    parent: tuple[str, Path] | None    # the parent's net and its weights; None: random weights
+    lock: str                          # name of the lock under which this stage is trained
+    fence: int                         # the lock's number, see store.fence_holds
+    nonce: str                         # what every worker must read in the store
+    device: str                        # "cpu" or "cuda"
+    threads: int                       # CPU threads a worker, for torch and for DALI each
+
+
+class Superseded(Exception):
+    """Another command has taken the stage over; this worker writes nothing any more."""
+
+
+class Team:
+    """The workers of a stage: this one's rank, how many there are, and what they agree on."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Reads rank and world size from torch.distributed; one worker alone needs no process group."""
+        alone = not torch.distributed.is_initialized()
+        self.rank = 0 if alone else torch.distributed.get_rank()
+        self.world_size = 1 if alone else torch.distributed.get_world_size()
+        self.device = device
+
+    def total(self, *values: float) -> list[float]:
+        """The sums over all workers, in float64; every worker gets the same bits."""
+        if self.world_size == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.tolist()
+
+    def any_problem(self, problem: VggrowError | None) -> VggrowError | None:
+        """The first worker's problem, the same in every worker; None when all are well."""
+        if self.world_size == 1:
+            return problem
+        found: list[VggrowError | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, problem)
+        return next((one for one in found if one is not None), None)
+
+
+def train_stage(config: dict[str, Any]) -> None:
+    """Trains one stage to its end, or to a stop request, from the newest checkpoint on.
+
+    config: {"job": StageJob}. Outcomes are files in the stage's folder: result.json (finished), error.json (a problem
+    for the user), neither (stopped, or killed). Any other exception is ours and goes to Ray.
+    """
+    job: StageJob = config["job"]
+    device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
+    set_up_torch(job)
+    team = Team(device)
+    problem: VggrowError | None = None
+    try:
+        manifest = read_manifest(Store(job.store).data(job.fingerprint))
+        prove_same_world(job, manifest)
+    except VggrowError as error:
+        problem = error
+    problem = team.any_problem(problem)
+    try:
+        if problem is None:
+            problem = StageTraining(job, manifest, team).run()
+    except Superseded:
+        logger.warning("stage %s: another command has taken over; this worker stops", job.stage.name)
+        return
+    if problem is not None and team.rank == 0:
+        record_problem(job, problem)
+
+
+def set_up_torch(job: StageJob) -> None:
+    """Threads and the numeric choices that the stage's key stands for."""
+    torch.set_num_threads(job.threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    tf32 = job.stage.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def prove_same_world(job: StageJob, manifest: Manifest) -> None:
+    """StoreError or DatasetError unless this worker reads the driver's store and the scan's pictures."""
+    store = Store(job.store)
+    nonce = store.locks / f"{job.lock}.nonce"
+    if not nonce.exists() or nonce.read_text() != job.nonce:
+        raise StoreError(
+            f"--store {job.store}: a worker does not see the store that the driver sees; name a folder that every node"
+            " mounts at the same path"
+        )
+    pictures = manifest.split("train")
+    for index in sorted({0, len(pictures.paths) // 2, len(pictures.paths) - 1}):
+        path = pictures.root / pictures.paths[index]
+        found = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.exists() else "no file"
+        if found != pictures.contents[index]:
+            raise DatasetError(
+                f"{path}: a worker finds other content than the scan did ({found}, scanned {pictures.contents[index]});"
+                " every node must see the same pictures; start again to scan again"
+            )
+
+
+def record_problem(job: StageJob, problem: VggrowError) -> None:
+    """Leaves the problem for the conductor, which raises it again."""
+    found = {"fence": job.fence, "type": type(problem).__name__, "message": str(problem)}
+    write_json(Store(job.store).stage(job.key) / "error.json", found)
+
+
+class StageTraining:
+    """One worker's share of a stage: net, optimiser, loaders, and where the stage stands."""
+
+    def __init__(self, job: StageJob, manifest: Manifest, team: Team) -> None:
+        """Builds all and loads the newest checkpoint, or the first weights; nothing is written yet."""
+        self.job, self.stage, self.team = job, job.stage, team
+        self.store = Store(job.store)
+        self.folder = self.store.stage(job.key)
+        self.train, self.val = manifest.split("train"), manifest.split("val")
+        stage = job.stage
+        self.net = build_net(
+            stage.net,
+            classes=len(manifest.classes),
+            head=stage.head,
+            width=stage.width,
+            crop=stage.crop,
+            dropout=stage.dropout,
+        )
+        checkpoint = self.agreed_checkpoint()
+        if checkpoint is None:
+            first_weights(self.net, job)
+        else:
+            self.net.load_state_dict(checkpoint.weights())
+        self.net.to(team.device, memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
+        self.optimizer = make_optimizer(self.net.parameters(), stage)
+        start = Progress.start(Plateau.start(stage), world_size=team.world_size, threads=job.threads)
+        self.progress = start
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(checkpoint.optimizer_state())
+            self.progress = replace(checkpoint.progress, world_size=team.world_size, threads=job.threads)
+        self.model = self.parallel_model()
+        device = str(team.device)
+        self.loader = TrainLoader(
+            self.train,
+            manifest.colour,
+            view_rule(stage),
+            standardise=stage.standardise,
+            rank=team.rank,
+            world_size=team.world_size,
+            device=device,
+            threads=job.threads,
+        )
+        self.test_loader = TestLoader(
+            self.val, manifest.colour, standardise=stage.standardise, device=device, threads=job.threads
+        )
+        self.val_views: list[tuple[Tensor, Tensor]] | None = None
+        self.history = HistoryWriter(self.folder / "history.jsonl", self.may_write)
+
+    def agreed_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint as rank 0 sees it, so that all workers start from one."""
+        newest = newest_checkpoint(self.folder) if self.team.rank == 0 else None
+        (iteration,) = self.team.total(float(newest.progress.iteration if newest else -1) if self.team.rank == 0 else 0.0)
+        return None if iteration < 0 else read_checkpoint(self.folder, int(iteration))
+
+    def parallel_model(self) -> torch.nn.Module:
+        """The net as it is called in training: compiled if asked, gradients averaged over the workers."""
+        model: torch.nn.Module = torch.compile(self.net) if self.stage.compile else self.net
+        if self.team.world_size == 1:
+            return model
+        devices = [self.team.device] if self.team.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        self.warm_up(model)
+        return model
+
+    def warm_up(self, model: torch.nn.Module) -> None:
+        """Two passes whose gradients are thrown away, so that a resumed run sums gradients in the same order.
+
+        DDP regroups its buckets after its first backward: without this, from three workers on the first iteration
+        after a start differs in the last bits from the same iteration in the middle of a run (measured, DESIGN 5).
+        """
+        model.train()
+        for _ in range(2):
+            images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=self.team.device)
+            self.net.set_draws(self.stage.seed, 0, torch.zeros(1, dtype=torch.int64, device=self.team.device))
+            model(self.laid_out(images)).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in the memory layout that the stage's convolutions want."""
+        return images.contiguous(memory_format=torch.channels_last) if self.stage.channels_last else images
+
+    def may_write(self) -> None:
+        """Superseded when another command has taken this stage's lock."""
+        if not fence_holds(self.store, self.job.lock, self.job.fence):
+            raise Superseded
+
+    def run(self) -> VggrowError | None:
+        """Trains until the rule ends the stage, a stop is asked for, or a problem appears, which is returned."""
+        if self.team.rank == 0:
+            self.may_write()
+            cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
+        try:
+            while not self.finished:
+                outcome = self.train_epoch()
+                if isinstance(outcome, VggrowError) or outcome == "stopped":
+                    self.checkpoint()
+                    return outcome if isinstance(outcome, VggrowError) else None
+                self.end_epoch()
+            self.write_result()
+            return None
+        finally:
+            self.loader.close()
+            self.test_loader.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the learning-rate rule or max_epochs has ended the stage."""
+        return self.progress.plateau.finished or self.progress.epoch >= self.stage.max_epochs
+
+    def train_epoch(self) -> VggrowError | str:
+        """The rest of the current epoch: "done", "stopped" by request, or the problem that ended it."""
+        progress = self.progress
+        batches = batches_per_epoch(len(self.train.paths), self.stage.global_batch)
+        set_learning_rate(self.optimizer, progress.plateau.learning_rate)
+        self.model.train()
+        coming = self.loader.epoch(progress.epoch, progress.batch)
+        written_at, seconds_before, began = time.monotonic(), progress.seconds, time.monotonic()
+        written_iteration = progress.iteration
+        for index in range(progress.batch, batches):
+            batch, problem = next_batch(coming)
+            loss_sum = self.add_gradient(batch)
+            stop = self.team.rank == 0 and stop_requested(self.store, self.job.lock, self.job.fence)
+            total_loss, stops, problems = self.team.total(loss_sum, float(stop), float(problem is not None))
+            if problems:
+                return self.team.any_problem(problem) or TrainingError("a worker failed without a word")
+            iteration = self.progress.iteration + 1
+            if not np.isfinite(total_loss):
+                return TrainingError(
+                    f"stage {self.stage.name!r}: the loss at iteration {iteration} (epoch {progress.epoch + 1}) is"
+                    f" {total_loss}; lower [train] learning_rate, now {progress.plateau.learning_rate:g}"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.progress = replace(
+                self.progress,
+                batch=index + 1,
+                iteration=iteration,
+                loss_sum=self.progress.loss_sum + total_loss,
+                seconds=seconds_before + time.monotonic() - began,
+            )
+            if self.team.rank == 0:
+                size = min(self.stage.global_batch, len(self.train.paths) - index * self.stage.global_batch)
+                self.history.add({"iteration": iteration, "train_loss": total_loss / size})
+            if stops:
+                return "stopped"
+            every = self.stage.checkpoint_every
+            due = (
+                iteration - written_iteration >= every.iterations
+                if every.iterations is not None
+                else time.monotonic() - written_at >= (every.seconds or 0)
+            )
+            if due and index + 1 < batches:   # the epoch's end writes one anyway
+                self.checkpoint()
+                written_at, written_iteration = time.monotonic(), iteration
+        return "done"
+
+    def add_gradient(self, batch: Batch | None) -> float:
+        """Adds this worker's part of the gradient of the global batch's mean loss; returns its sum of losses.
+
+        DDP averages over workers, so each part is the sum of losses over world_size / global size. A worker without
+        pictures runs one zero image with its loss times 0, to take part in the collectives.
+        """
+        device = self.team.device
+        if batch is None or len(batch.labels) == 0:
+            images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=device)
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            self.losses(images, zero, zero).mul(0.0).backward()
+            return 0.0
+        micro = self.stage.micro_batch or len(batch.labels)
+        starts = range(0, len(batch.labels), micro)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in starts:
+            part = slice(start, start + micro)
+            with self.exchange(start == starts[-1]):
+                loss = self.losses(batch.images[part], batch.labels[part], batch.rows[part])
+                (loss * (self.team.world_size / batch.size)).backward()
+            total += loss.detach().double()
+        return float(total)
+
+    def exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged once an iteration, with the last micro-batch."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def losses(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """The sum of the pictures' cross-entropy losses, a float32 scalar."""
+        self.net.set_draws(self.stage.seed, self.progress.iteration, rows)
+        with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+            logits = self.model(self.laid_out(images))
+        return cross_entropy(logits.float(), labels, reduction="sum")
+
+    def end_epoch(self) -> None:
+        """Validates, moves the learning-rate rule on, records the epoch and writes a checkpoint."""
+        began = time.monotonic()
+        val_top1, val_loss = self.validate()
+        progress = self.progress
+        seconds = progress.seconds + time.monotonic() - began
+        row = {
+            "epoch": progress.epoch + 1,
+            "iteration": progress.iteration,
+            "train_loss": progress.loss_sum / len(self.train.paths),
+            "val_loss": val_loss,
+            "val_top1_accuracy": val_top1,
+            "learning_rate": progress.plateau.learning_rate,
+            "seconds": round(seconds, 3),
+        }
+        self.progress = replace(
+            progress,
+            epoch=progress.epoch + 1,
+            batch=0,
+            loss_sum=0.0,
+            seconds=seconds,
+            plateau=progress.plateau.after(progress.epoch, val_top1),
+            val_top1=val_top1,
+        )
+        if self.team.rank == 0:
+            self.history.add(row)
+        self.checkpoint()
+
+    @torch.inference_mode()
+    def validate(self) -> tuple[float, float]:
+        """Top-1 accuracy and mean loss on val: centre crops at S, or at the middle of the range (Sec. 3.2)."""
+        self.net.eval()
+        correct, loss_sum = 0, 0.0
+        for images, labels in self.views_of_val():
+            with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+                logits = self.net(self.laid_out(images)).float()
+            correct += int((logits.argmax(1) == labels).sum())
+            loss_sum += float(cross_entropy(logits, labels, reduction="sum"))
+        total_correct, total_loss = self.team.total(float(correct), loss_sum)
+        return total_correct / len(self.val.paths), total_loss / len(self.val.paths)
+
+    def views_of_val(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This worker's share of val, in batches; kept in memory from the first time on where it is small enough."""
+        if self.val_views is not None:
+            yield from self.val_views
+            return
+        start, stop = share(len(self.val.paths), self.team.rank, self.team.world_size)
+        small = (stop - start) * 3 * self.stage.crop**2 * 4 <= VAL_CACHE_BYTES
+        seen: list[tuple[Tensor, Tensor]] = []
+        if stop > start:
+            views = self.test_loader.centre(self.stage.middle_scale, self.stage.crop, VAL_BATCH, start, stop)
+            for images, labels, _ in views:
+                if small:
+                    seen.append((images, labels))
+                yield images, labels
+        if small:
+            self.val_views = seen
+
+    def checkpoint(self) -> None:
+        """Rank 0 writes where the stage stands; the others go on."""
+        if self.team.rank != 0:
+            return
+        self.history.flush()
+        self.may_write()
+        weights = {name: tensor.detach() for name, tensor in self.net.state_dict().items()}
+        write_checkpoint(self.folder, self.progress, weights=weights, optimizer_state=self.optimizer.state_dict())
+
+    def write_result(self) -> None:
+        """Rank 0 writes result.json, last of all: from now on the stage is done."""
+        if self.team.rank != 0:
+            return
+        self.may_write()
+        progress = self.progress
+        write_json(
+            self.folder / "result.json",
+            {
+                "checkpoint": f"iteration-{progress.iteration}",
+                "epochs": progress.epoch,
+                "iterations": progress.iteration,
+                "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
+                "best_val_top1_accuracy": progress.plateau.best,
+                "ended_by": "plateau" if progress.plateau.finished else "max_epochs",
+                "seconds": round(progress.seconds, 3),
+                "world_size": progress.world_size,
+                "threads": progress.threads,
+                "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
+            },
+        )
+
+
+def next_batch(coming: Iterator[Batch]) -> tuple[Batch | None, VggrowError | None]:
+    """The next batch, or the problem that kept it from coming."""
+    try:
+        return next(coming), None
+    except VggrowError as error:
+        return None, error
+
+
+def view_rule(stage: Stage) -> ViewRule:
+    """What of a stage decides its views."""
+    return ViewRule(
+        seed=stage.seed,
+        net=stage.net,
+        scale=stage.scale,
+        crop=stage.crop,
+        flip=stage.flip,
+        colour=stage.colour,
+        global_batch=stage.global_batch,
+    )
+
+
+def first_weights(net: Vgg, job: StageJob) -> None:
+    """Random weights, and over them what the parent gives."""
+    stage = job.stage
+    initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
+    if job.parent is not None:
+        parent_net, weights = job.parent
+        copy_from_parent(net, load_weights(weights), net_name=stage.net, parent_name=parent_net, head=stage.head)
