@@ -1,0 +1,5 @@
+"""`python -m deploy` is `vggrow`."""
+
+from deploy.cli import main
+
+main()

@@ -1,0 +1,474 @@
+"""The command line: each command checks its words, calls one function and prints its result.
+
+Results go to stdout, progress and logs to stderr. Exit: 0 done, 2 the user can mend it, 1 our own fault, 130 interrupted.
+Heavy imports stay inside the commands, so that --help and a typing error in a recipe answer at once.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from vggcore.errors import VggrowError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def store_option(command: Command) -> Command:
+    """--store, the folder that holds all results."""
+    return click.option(
+        "--store",
+        default="vggrow-store",
+        envvar="VGGROW_STORE",
+        show_default=True,
+        show_envvar=True,
+        metavar="DIR",
+        help="Folder that holds data, stages and results; on a cluster one that every node mounts at the same path.",
+    )(command)
+
+
+def tracking_option(command: Command) -> Command:
+    """--tracking, the MLflow store."""
+    return click.option(
+        "--tracking",
+        envvar="MLFLOW_TRACKING_URI",
+        show_envvar=True,
+        metavar="URI",
+        help="MLflow server (http://HOST:PORT) or sqlite:///FILE.  [default: mlflow.db in the store]",
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    """--json, for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="vggrow")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail, on stderr.")
+def vggrow(verbose: bool) -> None:
+    """Train VGG image classifiers on your own pictures, by the paper's schedule, and keep them in MLflow's registry."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@vggrow.group()
+def data() -> None:
+    """Look at pictures before training on them."""
+
+
+@data.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path), metavar="FOLDER|RECIPE")
+@store_option
+@json_option
+def scan(source: Path, store: str, as_json: bool) -> None:
+    """Decode every picture of FOLDER, or of the [data] of RECIPE, and write the manifest.
+
+    A folder holds a folder a class, with or without train/ val/ test/ above them. What does not decode is listed in
+    quarantine.csv; nothing is changed in FOLDER. A scan that is stopped goes on where it was.
+
+    \b
+    Examples:
+        vggrow data scan pictures/
+        vggrow data scan training/recipes/elpv.toml --json
+    """
+    from deploy.scans import scan_data
+    from pipelines.manifest import manifest_json, scan_summary
+    from training.store import open_store
+    from vggcore.recipe import Data, load_recipe
+
+    settings = Data(root=source.absolute()) if source.is_dir() else load_recipe(source).data
+    opened = open_store(store)
+    with click.progressbar(length=1, label="decoding", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, files: int) -> None:
+            bar.length = files
+            bar.update(done - bar.pos)
+
+        manifest = scan_data(settings, opened, threads=os.cpu_count() or 1, progress=progress)
+    folder = opened.data(manifest.fingerprint)
+    if as_json:
+        print_json(manifest_json(manifest) | {"folder": str(folder)})
+        return
+    for line in scan_summary(manifest):
+        click.echo(line)
+    click.echo(f"written: {folder}")
+
+
+@vggrow.command()
+@click.argument("recipe", type=RECIPE)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers to plan for.")
+@store_option
+@json_option
+def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
+    """Say what `vggrow train RECIPE` would do: stages in order, parameters, memory, operations. Starts nothing.
+
+    \b
+    Example:
+        vggrow plan training/recipes/elpv.toml
+    """
+    from vggcore.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    from dataclasses import asdict
+
+    from deploy.plan_table import plan as plan_schedule
+    from deploy.plan_table import plan_text
+    from deploy.scans import known_manifest
+    from training.store import Store
+
+    opened = Store(Path(store).absolute())
+    found = plan_schedule(loaded, known_manifest(loaded.data, opened), workers, opened.root)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        click.echo(plan_text(found))
+
+
+@vggrow.command()
+@click.argument("recipe", type=RECIPE)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ray Train workers; the global batch is split over them. 1 on this machine: no Ray processes.",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: this machine's cores / workers]")
+@click.option("--address", metavar="HOST:PORT", help="Ray head to run on.  [default: RAY_ADDRESS, else Ray on this machine]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where torch finds a GPU here, else cpu]")
+@click.option("--yardsticks", is_flag=True, help="Also fit plain scikit-learn classifiers on the same pictures.")
+@store_option
+@tracking_option
+def train(
+    recipe: Path,
+    workers: int,
+    threads: int | None,
+    address: str | None,
+    device: str | None,
+    yardsticks: bool,
+    store: str,
+    tracking: str | None,
+) -> None:
+    """Run every stage of RECIPE that has not finished yet; evaluate and register the result.
+
+    The same command goes on where an interrupted one was. Ctrl-C writes a checkpoint first.
+
+    \b
+    Examples:
+        vggrow train training/recipes/elpv.toml
+        vggrow train pets.toml --workers 4 --tracking http://mlflow:5000
+    """
+    from vggcore.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    from rich.console import Console
+
+    from deploy.line import run_line
+    from deploy.progress import Progress
+    from training.run import Interrupted, Where
+    from training.store import open_store
+
+    console = Console(stderr=True, highlight=False)
+    where = Where(
+        store=open_store(store),
+        workers=workers,
+        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        address=address,
+        device=device or default_device(),
+    )
+    try:
+        line = run_line(
+            loaded,
+            recipe.read_text(encoding="utf-8"),
+            where=where,
+            tracking=tracking,
+            hear=lambda manifest, stages: Progress(
+                console, pictures=len(manifest.split("train")), stages=len(stages)
+            ),
+            with_yardsticks=yardsticks,
+            say=lambda words: console.print(words, markup=False, soft_wrap=True),
+        )
+    except Interrupted:
+        click.echo("interrupted; the same command goes on where this one was", err=True)
+        sys.exit(130)
+    from deploy.last_words import last_words
+
+    click.echo(last_words(line, command=command_name()))
+
+
+def default_device() -> str:
+    """ "cuda" where torch finds a GPU on this machine."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def command_name() -> str:
+    """How this command is typed here: vggrow, or the path to it where it is not on PATH."""
+    return "vggrow" if shutil.which("vggrow") else os.path.relpath(sys.argv[0])
+
+
+@vggrow.command()
+@click.argument("model")
+@click.option(
+    "--data",
+    "source",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FOLDER|RECIPE",
+    help="Pictures to evaluate on.  [default: those the model was trained on, from this store]",
+)
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
+@click.option("--protocol", type=click.Choice(["centre", "dense"]), help="[default: the model's own]")
+@click.option("--scales", metavar="Q,Q,...", help="Test scales, pixels of the shorter side.  [default: the model's own]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@store_option
+@tracking_option
+@json_option
+def evaluate(
+    model: str,
+    source: Path | None,
+    split: str,
+    protocol: str | None,
+    scales: str | None,
+    device: str,
+    store: str,
+    tracking: str | None,
+    as_json: bool,
+) -> None:
+    """Measure MODEL on a split by one of the paper's test protocols (Sec. 3.2).
+
+    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., a package's folder, or a finished stage of the store.
+
+    \b
+    Examples:
+        vggrow evaluate models:/elpv@champion
+        vggrow evaluate D-72 --protocol centre --scales 72
+    """
+    from deploy.judge import evaluation_text, judge
+    from deploy.tracking_address import resolve_tracking
+    from training.store import open_store
+
+    opened = open_store(store)
+    found = judge(
+        model,
+        source=source,
+        split=split,
+        protocol=protocol,
+        scales=parse_scales(scales),
+        device=device,
+        store=opened,
+        tracking=resolve_tracking(tracking, opened.root),
+    )
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(evaluation_text(found))
+
+
+def parse_scales(text: str | None) -> tuple[int, ...] | None:
+    """'256,384,512' as numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: wanted whole numbers with commas, such as 256,384,512") from None
+
+
+@vggrow.command()
+@click.argument("model")
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PICTURE...")
+@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes a picture.")
+@store_option
+@tracking_option
+@json_option
+def predict(model: str, pictures: tuple[Path, ...], top_k: int, store: str, tracking: str | None, as_json: bool) -> None:
+    """Say what MODEL sees in each PICTURE: the most probable classes with their probabilities.
+
+    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., a package's folder, or a finished stage of the store.
+
+    \b
+    Example:
+        vggrow predict models:/elpv@champion cell.png
+    """
+    from deploy.predict import open_model
+    from deploy.tracking_address import resolve_tracking
+    from training.store import open_store
+
+    opened = open_store(store)
+    answers = open_model(model, store=opened.root, tracking=resolve_tracking(tracking, opened.root)).predict(
+        pictures, top_k
+    )
+    if as_json:
+        print_json(answers)
+        return
+    for answer in answers:
+        best = ", ".join(f"{one['class']} {one['probability']:.4f}" for one in answer["top"])
+        click.echo(f"{answer['path']}: {best}")
+
+
+@vggrow.command()
+@click.argument("net", type=click.Choice(["A", "A-LRN", "B", "C", "D", "E"]))
+@click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
+@click.option("--head", type=click.Choice(["paper", "compact"]), default="paper", show_default=True)
+@click.option("--width", type=click.FloatRange(0, 4, min_open=True), default=1.0, show_default=True)
+@click.option("--crop", type=click.IntRange(32), default=224, show_default=True, help="Pixels, a multiple of 32.")
+@json_option
+def summary(net: str, classes: int, head: str, width: float, crop: int, as_json: bool) -> None:
+    """Print NET's layers with output shapes, parameters and multiply-adds (MACs) for one picture.
+
+    \b
+    Examples:
+        vggrow summary D
+        vggrow summary A --width 0.125 --crop 64 --classes 2
+    """
+    if crop % 32:
+        raise click.BadParameter(f"{crop} is no multiple of 32", param_hint="--crop")
+    from dataclasses import asdict
+
+    from deploy.plan_table import layer_text
+    from vggcore.nets import layer_table
+
+    rows = layer_table(net, classes=classes, head=head, width=width, crop=crop)  # type: ignore[arg-type]
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        click.echo(layer_text(rows))
+
+
+@vggrow.group()
+def models() -> None:
+    """The registry: registered models, their versions and aliases."""
+
+
+@models.command("list")
+@store_option
+@tracking_option
+@json_option
+def models_list(store: str, tracking: str | None, as_json: bool) -> None:
+    """List the registered models with their aliases.
+
+    \b
+    Example:
+        vggrow models list
+    """
+    from dataclasses import asdict
+
+    from deploy.registry import list_models, models_text
+
+    found = list_models(registry_client(store, tracking))
+    if as_json:
+        print_json([asdict(model) for model in found])
+    else:
+        click.echo(models_text(found))
+
+
+@models.command("show")
+@click.argument("name")
+@store_option
+@tracking_option
+@json_option
+def models_show(name: str, store: str, tracking: str | None, as_json: bool) -> None:
+    """Show the versions of model NAME: aliases, net, stage, test figures, lineage.
+
+    \b
+    Example:
+        vggrow models show elpv
+    """
+    from dataclasses import asdict
+
+    from deploy.registry import model_text, show_model
+
+    found = show_model(registry_client(store, tracking), name)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        click.echo(model_text(found))
+
+
+def registry_client(store: str, tracking: str | None) -> Any:
+    """An MLflow client whose server was asked whether it answers."""
+    from mlflow import MlflowClient
+
+    from deploy.tracking_address import check_tracking, resolve_tracking
+    from training.store import open_store
+
+    uri = resolve_tracking(tracking, open_store(store).root)
+    check_tracking(uri)
+    return MlflowClient(uri)
+
+
+@vggrow.command()
+@click.argument("what", required=False, metavar="[SCHEDULE|STORE]")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: report.html of the schedule]")
+@store_option
+def report(what: str | None, out: Path | None, store: str) -> None:
+    """Write one HTML page about a schedule: what was trained, curves, confusion, worst pictures, lineage.
+
+    SCHEDULE is a schedule's key; a STORE, or nothing, means the newest schedule there.
+
+    \b
+    Examples:
+        vggrow report
+        vggrow report vggrow-store --out report.html
+    """
+    from deploy.report import write_report
+
+    key = None
+    if what is not None and Path(what).is_dir():
+        store = what
+    else:
+        key = what
+    click.echo(str(write_report(Path(store).absolute(), key, out)))
+
+
+@vggrow.command()
+@store_option
+@tracking_option
+@json_option
+def doctor(store: str, tracking: str | None, as_json: bool) -> None:
+    """Say what this machine can do: versions, cores, memory, GPU, bf16, disk, DALI, tracking. Exit 2 on a problem.
+
+    \b
+    Example:
+        vggrow doctor
+    """
+    from deploy.doctor import as_json as findings_json
+    from deploy.doctor import as_text, examine, exit_code
+    from deploy.tracking_address import resolve_tracking
+
+    root = Path(store).absolute()
+    findings = examine(root, resolve_tracking(tracking, root))
+    if as_json:
+        print_json(findings_json(findings))
+    else:
+        click.echo(as_text(findings))
+    sys.exit(exit_code(findings))
+
+
+def main() -> None:
+    """The entry point: turns errors into one line and an exit code."""
+    try:
+        vggrow(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except VggrowError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,31 @@
+"""What `vggrow train` prints last: the table of results, and the commands that go on from there."""
+
+from deploy.line import Line
+from deploy.yardsticks import read_yardsticks, result_rows, result_table
+
+
+def last_words(line: Line, *, command: str) -> str:
+    """The text; `command` is how vggrow is typed here."""
+    path = line.report.parent / "yardsticks.json"
+    yardsticks = read_yardsticks(path) if path.exists() else None
+    evaluations = {name: found.facts for name, found in line.evaluations.items()}
+    facts = line.evaluations[line.registered_stage].facts
+    scales = ", ".join(map(str, facts["scales"]))
+    if line.tracking.startswith("sqlite:"):
+        page = f"mlflow server --backend-store-uri {line.tracking} --port 5000"
+        address = "http://127.0.0.1:5000"
+    else:
+        page, address = "", line.tracking
+    address += f"/#/experiments/{line.experiment_id}?workflowType=machine_learning"
+    parts = [
+        f"Test split, {facts['pictures']} pictures, {facts['protocol']}, Q = {scales} for {line.registered_stage}:",
+        "",
+        result_table(result_rows(evaluations, yardsticks, line.measured), net=line.registered_stage),
+        "",
+        f"model     {line.registered.uri} (version {line.registered.version}: {line.registered.reason})",
+        f"report    {line.report}",
+        f"MLflow    {page}" if page else f"MLflow    {address}",
+        *([f"          then {address}"] if page else []),
+        f"predict   {command} predict {line.registered.uri} PICTURE...",
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,351 @@
+"""The whole line for one recipe: scan, train, evaluate, package, register; every step is skipped when it was done before."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy import charts
+from deploy.package import log_package, write_package
+from deploy.registry import Registered, register_candidate
+from deploy.report import write_report
+from deploy.scans import scan_data
+from deploy.tracking_address import artifact_location, check_tracking, resolve_tracking
+from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
+from pipelines.loader import TrainLoader
+from pipelines.manifest import Manifest, manifest_json
+from training.evaluate import Evaluation, evaluate_stage
+from training.history import read_history
+from training.run import Interrupted, Listener, Where, check_where, result_weights, train_schedule
+from training.store import Store, hold, read_json
+from training.track import Tracker, open_tracker
+from training.worker import view_rule
+from vggcore.recipe import BEST_ON_VAL, Recipe
+from vggcore.schedule import Stage, evaluated_stages, resolve_stages, schedule_key, stage_keys
+from vggcore.weights import load_weights
+from vggcore.whole_file import write_json, write_text
+
+logger = logging.getLogger(__name__)
+
+SHEET_VIEWS = 24      # training views on the sheet that each stage's run shows
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one run of the line left: where it stands in the store and in MLflow, and what it reached."""
+
+    schedule_key: str
+    stages: tuple[Stage, ...]
+    keys: dict[str, str]
+    evaluations: dict[str, Evaluation]      # by stage name
+    registered_stage: str
+    registered: Registered
+    tracking: str
+    experiment_id: str
+    parent_run_id: str
+    report: Path
+    measured: Measured                      # the registered stage's posteriors
+
+
+def run_line(
+    recipe: Recipe,
+    recipe_text: str,
+    *,
+    where: Where,
+    tracking: str | None,
+    hear: Callable[[Manifest, Sequence[Stage]], Listener],
+    with_yardsticks: bool = False,
+    say: Callable[[str], None] = logger.info,
+) -> Line:
+    """Runs the line for `recipe`; what is finished is not run again.
+
+    hear: makes the listener that shows progress. Raises VggrowError for what the user can mend, training.run.Interrupted
+    after a signal: both leave a store from which the same call goes on.
+    """
+    store, stages = where.store, resolve_stages(recipe)
+    check_where(where, stages)
+    if with_yardsticks:
+        require_scikit()
+    uri = resolve_tracking(tracking, store.root)
+    check_tracking(uri)
+    manifest = scan_data(recipe.data, store, threads=os.cpu_count() or 1)
+    keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
+    key = schedule_key(recipe.name, keys)
+    with hold(store, f"schedule-{key}", what=f"the schedule of recipe {recipe.name!r} ({key})"):
+        tags = {"vggrow.recipe": recipe.name, "vggrow.fingerprint": manifest.fingerprint}
+        tracker = open_tracker(
+            uri,
+            store,
+            recipe_name=recipe.name,
+            schedule_key=key,
+            tags=tags,
+            artifact_location=artifact_location(uri, store.root),
+        )
+        record = record_schedule(store, key, recipe, recipe_text, manifest, stages, keys, tracker, uri)
+        with truthful_end(tracker):
+            listener = Together(hear(manifest, stages), tracker)
+            tracker.batches = {keys[stage.name]: batches(stage, manifest) for stage in stages}
+            train_schedule(stages, keys, manifest, where, listener)
+            evaluations = evaluate_all(recipe, stages, keys, manifest, where, tracker, say)
+            chosen = registered_stage(recipe, stages, keys, store)
+            registered = register(recipe, chosen, keys, manifest, evaluations[chosen.name], tracker, uri, store)
+            if with_yardsticks:
+                measure_yardsticks(store, key, recipe, manifest, threads=os.cpu_count() or 1, say=say)
+            record = record | {
+                "evaluations": {
+                    name: str(found.folder.relative_to(store.root)) for name, found in evaluations.items()
+                },
+                "runs": {stage.name: tracker.runs[keys[stage.name]].run_id for stage in stages},
+                "registered": {
+                    "stage": chosen.name,
+                    "name": registered.name,
+                    "version": registered.version,
+                    "alias": registered.alias,
+                    "uri": registered.uri,
+                },
+            }
+            write_json(store.schedule(key) / "stages.json", record)
+            report = write_report(store.root, key, store.schedule(key) / "report.html")
+            tracker.log_results(tracker.parent_run_id, {}, [(report, "")])
+    return Line(
+        schedule_key=key,
+        stages=stages,
+        keys=keys,
+        evaluations=evaluations,
+        registered_stage=chosen.name,
+        registered=registered,
+        tracking=uri,
+        experiment_id=tracker.experiment_id,
+        parent_run_id=tracker.parent_run_id,
+        report=report,
+        measured=read_measured(evaluations[chosen.name].folder),
+    )
+
+
+class Together(Listener):
+    """Two listeners as one: what a person sees, and what MLflow gets."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        """They hear everything in this order."""
+        self.listeners = listeners
+
+    def stage_begins(self, stage: Stage, key: str, *, done: bool) -> None:
+        for listener in self.listeners:
+            listener.stage_begins(stage, key, done=done)
+
+    def rows(self, stage: Stage, key: str, rows: list[dict[str, Any]]) -> None:
+        for listener in self.listeners:
+            listener.rows(stage, key, rows)
+
+    def stage_ends(self, stage: Stage, key: str, status: str) -> None:
+        for listener in self.listeners:
+            listener.stage_ends(stage, key, status)
+
+
+@contextmanager
+def truthful_end(tracker: Tracker) -> Iterator[None]:
+    """The parent run ends as what happened: FINISHED, KILLED by a signal, or FAILED."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.insist(lambda: tracker.end(tracker.parent_run_id, status))
+
+
+def batches(stage: Stage, manifest: Manifest) -> int:
+    """Iterations an epoch."""
+    return -(-len(manifest.split("train")) // stage.global_batch)
+
+
+def record_schedule(
+    store: Store,
+    key: str,
+    recipe: Recipe,
+    recipe_text: str,
+    manifest: Manifest,
+    stages: Sequence[Stage],
+    keys: dict[str, str],
+    tracker: Tracker,
+    uri: str,
+) -> dict[str, Any]:
+    """Writes recipe.toml and stages.json before anything is trained, and logs the recipe and the manifest's summary."""
+    folder = store.schedule(key)
+    record = {
+        "name": recipe.name,
+        "key": key,
+        "fingerprint": manifest.fingerprint,
+        "classes": list(manifest.classes),
+        "stages": [
+            {
+                "name": stage.name,
+                "key": keys[stage.name],
+                "net": stage.net,
+                "scale": list(stage.scale),
+                "init_from": stage.init_from,
+            }
+            for stage in stages
+        ],
+        "evaluations": {},
+        "tracking": uri,
+        "experiment_id": tracker.experiment_id,
+        "parent_run_id": tracker.parent_run_id,
+        "runs": {},
+        "registered": None,
+    }
+    known = read_json(folder / "stages.json")
+    if known is not None:                       # keep what an earlier run found until this one finds it again
+        record |= {name: known.get(name, record[name]) for name in ("evaluations", "runs", "registered")}
+    write_text(folder / "recipe.toml", recipe_text)
+    write_json(folder / "stages.json", record)
+    write_json(folder / "manifest.json", manifest_json(manifest))
+    tracker.log_results(tracker.parent_run_id, {}, [(folder / "recipe.toml", ""), (folder / "manifest.json", "")])
+    return record
+
+
+def evaluate_all(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    keys: dict[str, str],
+    manifest: Manifest,
+    where: Where,
+    tracker: Tracker,
+    say: Callable[[str], None],
+) -> dict[str, Evaluation]:
+    """Evaluates on test what the recipe asks for and what may be registered; figures and pictures go to the stages' runs."""
+    store = where.store
+    wanted = {*evaluated_stages(recipe), registered_stage(recipe, stages, keys, store).name}
+    found = {}
+    for stage in stages:
+        key, folder = keys[stage.name], store.stage(keys[stage.name])
+        run = tracker.runs[key].run_id
+        history = read_history(folder / "history.jsonl")
+        tracker.log_bytes(run, charts.learning_curves(history), "learning_curves.png", store.scratch)
+        sheet = view_sheet(stage, manifest)
+        tracker.log_bytes(run, sheet, "training_views.png", store.scratch)
+        if stage.name not in wanted:
+            continue
+        say(f"{stage.name}: evaluating on test, {recipe.evaluate.protocol}")
+        evaluation = evaluate_stage(
+            store,
+            stage,
+            key,
+            result_weights(store, key),
+            manifest,
+            protocol=recipe.evaluate.protocol,
+            scales=recipe.evaluate.scales,
+            device=where.device,
+            threads=os.cpu_count() or 1,
+        )
+        found[stage.name] = evaluation
+        names = ("top1_accuracy", "top5_accuracy", "balanced_accuracy", "auc", "loss")
+        figures = {f"test_{name}": evaluation.facts[name] for name in names if evaluation.facts.get(name) is not None}
+        tracker.log_results(run, figures, [(evaluation.folder / "posteriors.parquet", "test")])
+        confusion = charts.confusion_figure(np.array(evaluation.facts["confusion"]), manifest.classes)
+        tracker.log_bytes(run, confusion, "test/confusion.png", store.scratch)
+    return found
+
+
+def view_sheet(stage: Stage, manifest: Manifest) -> bytes:
+    """PNG of the first training views of a stage, as the net sees them but for the mean."""
+    train, colour = manifest.split("train"), manifest.colour
+    rule = view_rule(stage)
+    loader = TrainLoader(
+        train, colour, rule, standardise=False, rank=0, world_size=1, device="cpu", threads=os.cpu_count() or 1
+    )
+    images, titles = [], []
+    try:
+        for batch in loader.epoch(0):
+            images.append(batch.images.numpy() + np.array(colour.mean, np.float32)[:, None, None])
+            titles += [manifest.classes[label] for label in batch.labels.tolist()]
+            if len(titles) >= SHEET_VIEWS:
+                break
+    finally:
+        loader.close()
+    return charts.view_sheet(np.concatenate(images)[:SHEET_VIEWS], titles[:SHEET_VIEWS])
+
+
+def registered_stage(recipe: Recipe, stages: Sequence[Stage], keys: dict[str, str], store: Store) -> Stage:
+    """The stage whose result becomes a candidate; "best on val": of equal ones the later."""
+    wanted = recipe.register_.stage or stages[-1].name
+    if wanted != BEST_ON_VAL:
+        return next(stage for stage in stages if stage.name == wanted)
+    results = [read_json(store.stage(keys[stage.name]) / "result.json") for stage in stages]
+    best = max(range(len(stages)), key=lambda place: (results[place]["val_top1_accuracy"], place))
+    return stages[best]
+
+
+def register(
+    recipe: Recipe,
+    stage: Stage,
+    keys: dict[str, str],
+    manifest: Manifest,
+    evaluation: Evaluation,
+    tracker: Tracker,
+    uri: str,
+    store: Store,
+) -> Registered:
+    """Packages a stage's weights, logs them on its run, and registers the version; again is harmless."""
+    key = keys[stage.name]
+    run = tracker.runs[key].run_id
+    facts = evaluation.facts
+    lineage = {
+        "recipe": recipe.name,
+        "stage": stage.name,
+        "stage_key": key,
+        "parent_key": keys[stage.init_from] if stage.init_from else None,
+        "fingerprint": manifest.fingerprint,
+        "run_id": run,
+    }
+    folder = store.root / "packages" / key
+    write_package(
+        folder,
+        state=load_weights(result_weights(store, key)),
+        settings=stage.model_dump(mode="json"),
+        classes=manifest.classes,
+        colour=manifest.colour,
+        protocol=facts["protocol"],
+        scales=facts["scales"],
+        lineage=lineage,
+    )
+    model_uri = log_package(tracking=uri, run_id=run, folder=folder)
+    tags = {
+        "vggrow.net": stage.net,
+        "vggrow.recipe": recipe.name,
+        "vggrow.fingerprint": manifest.fingerprint,
+        "vggrow.stage": stage.name,
+        "vggrow.test_top1_accuracy": f"{facts['top1_accuracy']:.6f}",
+        "vggrow.test_balanced_accuracy": f"{facts['balanced_accuracy']:.6f}",
+        "vggrow.protocol": facts["protocol"],
+    }
+    return register_candidate(
+        tracker.client,
+        store=store.root,
+        name=recipe.name,
+        model_uri=model_uri,
+        run_id=run,
+        stage_key=key,
+        tags=tags,
+        test_top1=evaluation.top1,
+        floor=recipe.register_.floor,
+    )
+
+
+def measure_yardsticks(
+    store: Store, key: str, recipe: Recipe, manifest: Manifest, *, threads: int, say: Callable[[str], None]
+) -> None:
+    """Fits plain classifiers on the same split, once a schedule."""
+    path = store.schedule(key) / "yardsticks.json"
+    if path.exists():
+        return
+    say("yardsticks: plain classifiers on the same pictures")
+    found = yardsticks(manifest.split("train"), manifest.split("test"), recipe.seed, threads=threads)
+    write_yardsticks(path, found)

@@ -1,0 +1,312 @@
+"""What a recipe would do, before anything starts: stages in order, what is done already, sizes, operations, traffic."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.manifest import Manifest
+from pipelines.plan import batches_per_epoch, share
+from vggcore.nets import LayerRow, layer_table
+from vggcore.recipe import Recipe
+from vggcore.schedule import Stage, resolve_stages, stage_keys
+
+FLOAT_BYTES = 4
+POOL_INDEX_BYTES = 8      # max pooling remembers where each maximum was, as int64
+LRN_COPIES = 5            # what torch's LocalResponseNorm keeps for backward, in copies of its output (measured)
+BACKWARD_FACTOR = 3       # forward, and twice as much backward: gradients of the inputs and of the weights
+CLASSES_OF_THE_PAPER = 1000
+WORKER_GIB = 0.9          # a Ray worker with torch and DALI, before the net (650 to 860 MB were measured)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage as it would run; what needs the pictures is None while they have not been scanned."""
+
+    name: str
+    net: str
+    scale: tuple[int, int]
+    init_from: str | None
+    key: str | None
+    status: str                          # "done" | "begun" | "to do" | "unknown"
+    reason: str                          # why, in a few words
+    max_epochs: int
+    max_iterations: int | None
+    parameters: int
+    weights_mb: float                    # 1e6 bytes
+    memory_per_worker_gib: float         # weights, gradients, momentum, activations: an estimate
+    gflop_per_picture: float             # forward and backward of one training view, a multiply-add counting two
+    max_pflop: float | None              # over all epochs at most, for the whole stage
+    traffic_per_iteration_mb: float      # what each worker sends in one all-reduce of the gradients, 1e6 bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole schedule; `notes` say what is assumed or unknown."""
+
+    recipe: str
+    workers: int
+    classes: int
+    train_pictures: int | None
+    fingerprint: str | None
+    global_batch: int
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+
+
+def plan(recipe: Recipe, manifest: Manifest | None, workers: int, store: Path) -> Plan:
+    """The plan of `recipe` on `workers` workers, against what `store` holds; decodes nothing and starts nothing.
+
+    manifest: of the recipe's data if it was scanned; None: sizes are those of the paper's 1,000 classes (2 for elpv),
+    and whether a stage is done cannot be said.
+    """
+    stages = resolve_stages(recipe)
+    classes, notes = classes_known(recipe, manifest)
+    pictures = len(manifest.split("train").labels) if manifest else None
+    keys: dict[str, str] = {}
+    if manifest:
+        keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
+    earlier = earlier_stages(store) if manifest else []
+    tables: dict[str, list[LayerRow]] = {}
+    rows = []
+    for stage in stages:
+        if stage.net not in tables:   # scales share a net, and the net's size does not depend on them
+            tables[stage.net] = layer_table(
+                stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
+            )
+        status, reason = status_of(stage, keys, store, earlier)
+        rows.append(stage_plan(stage, tables[stage.net], keys.get(stage.name), status, reason, pictures, workers))
+    return Plan(
+        recipe=recipe.name,
+        workers=workers,
+        classes=classes,
+        train_pictures=pictures,
+        fingerprint=manifest.fingerprint if manifest else None,
+        global_batch=recipe.train.global_batch,
+        stages=tuple(rows),
+        notes=tuple(notes + standing_notes(recipe, workers)),
+    )
+
+
+def classes_known(recipe: Recipe, manifest: Manifest | None) -> tuple[int, list[str]]:
+    """How many classes the nets get, and what has to be said about it."""
+    if manifest is not None:
+        return len(manifest.classes), []
+    scan = "run `vggrow data scan` on this recipe for iterations, operations and what is done already"
+    if recipe.data.source == "elpv":
+        return 2, [f"the pictures have not been scanned into this store yet: {scan}"]
+    return CLASSES_OF_THE_PAPER, [
+        f"the pictures have not been scanned into this store yet, so sizes are for {CLASSES_OF_THE_PAPER:,} classes: {scan}"
+    ]
+
+
+def standing_notes(recipe: Recipe, workers: int) -> list[str]:
+    """How the estimates are meant."""
+    batch = largest_share(recipe.train.global_batch, workers)
+    memory = f"memory is an estimate for {batch} pictures a worker"
+    if 0 < recipe.train.micro_batch < batch:
+        memory += f", {recipe.train.micro_batch} at a time"
+    return [
+        f"{memory}; a Ray worker itself takes about {WORKER_GIB} GiB more",
+        "epochs, iterations and operations are at most: the plateau rule may end a stage earlier",
+    ]
+
+
+def stage_plan(
+    stage: Stage,
+    table: Sequence[LayerRow],
+    key: str | None,
+    status: str,
+    reason: str,
+    pictures: int | None,
+    workers: int,
+) -> StagePlan:
+    """The row of one stage; `pictures` is the training split's size."""
+    parameters = sum(row.parameters for row in table)
+    weights = parameters * FLOAT_BYTES
+    flop = 2 * BACKWARD_FACTOR * sum(row.macs for row in table)
+    return StagePlan(
+        name=stage.name,
+        net=stage.net,
+        scale=stage.scale,
+        init_from=stage.init_from,
+        key=key,
+        status=status,
+        reason=reason,
+        max_epochs=stage.max_epochs,
+        max_iterations=stage.max_epochs * batches_per_epoch(pictures, stage.global_batch) if pictures else None,
+        parameters=parameters,
+        weights_mb=weights / 1e6,
+        memory_per_worker_gib=memory_per_worker(stage, table, weights, workers) / 2**30,
+        gflop_per_picture=flop / 1e9,
+        max_pflop=flop * pictures * stage.max_epochs / 1e15 if pictures else None,
+        traffic_per_iteration_mb=2 * (workers - 1) / workers * weights / 1e6,   # ring all-reduce
+    )
+
+
+def memory_per_worker(stage: Stage, table: Sequence[LayerRow], weights: int, workers: int) -> float:
+    """Bytes: weights, gradients (DDP's buckets are views of them), momentum, what forward keeps, two gradients in flight."""
+    batch = largest_share(stage.global_batch, workers)
+    if stage.micro_batch:
+        batch = min(batch, stage.micro_batch)
+    widest = max(math.prod(row.output) for row in table) * activation_bytes(stage)
+    return 3 * weights + batch * (kept_for_backward(table, stage) + 2 * widest)
+
+
+def kept_for_backward(table: Sequence[LayerRow], stage: Stage) -> int:
+    """Bytes that one picture's forward pass keeps: its view, each conv's and FC layer's output, pools and their places.
+
+    ReLU works in place and keeps nothing more. Within a few percent of torch's own count (a test compares them).
+    """
+    size = activation_bytes(stage)
+    kept = 3 * stage.crop**2 * size
+    for row in table:
+        values = math.prod(row.output)
+        if row.macs:
+            kept += values * size
+        elif row.kind == "maxpool":
+            kept += values * (size + POOL_INDEX_BYTES)
+        elif row.kind == "LRN":
+            kept += LRN_COPIES * values * size
+    return kept
+
+
+def activation_bytes(stage: Stage) -> int:
+    """Bytes of one activation: 2 in bf16, else 4."""
+    return 2 if stage.precision == "bf16" else FLOAT_BYTES
+
+
+def largest_share(global_batch: int, workers: int) -> int:
+    """Pictures an iteration of the worker that has most of them; rank 0 always does or ties."""
+    return max(stop - start for start, stop in (share(global_batch, rank, workers) for rank in range(workers)))
+
+
+def status_of(stage: Stage, keys: dict[str, str], store: Path, earlier: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Whether the stage is done by its key, and why it would run when it is not."""
+    if stage.name not in keys:
+        return "unknown", "pictures not scanned yet"
+    folder = store / "stages" / keys[stage.name]
+    if (folder / "result.json").exists():
+        return "done", f"stage {keys[stage.name]} is in the store"
+    begun = checkpoints(folder)
+    if begun:
+        return "begun", f"goes on from iteration {begun[-1]}"
+    if stage.init_from and not (store / "stages" / keys[stage.init_from] / "result.json").exists():
+        same = changed_since(stage, earlier)
+        return "to do", f"after {stage.init_from}" + (f"; {same}" if same else "")
+    return "to do", changed_since(stage, earlier) or "never run"
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The iterations of the checkpoints in a stage's folder, oldest first."""
+    names = (path.name.removeprefix("iteration-") for path in (folder / "checkpoints").glob("iteration-*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def earlier_stages(store: Path) -> list[dict[str, Any]]:
+    """What stage.json holds for each stage of the store, the newest first; those that cannot be read are left out."""
+    found = []
+    files = sorted((store / "stages").glob("*/stage.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files:
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def changed_since(stage: Stage, earlier: Sequence[dict[str, Any]]) -> str:
+    """What differs from the newest stage of the same name in the store; empty when there is none of that name."""
+    for saved in earlier:
+        if saved.get("name") != stage.name:
+            continue
+        before, now = saved.get("stage", {}), stage.model_dump(mode="json")
+        differing = [name for name in now if name in before and before[name] != now[name]]
+        if differing:
+            changes = ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in differing)
+            return f"{changes} (since {saved.get('key')})"
+        return f"its pictures, classes or parent changed (since {saved.get('key')})"
+    return ""
+
+
+def plan_text(found: Plan) -> str:
+    """The plan for a terminal: a line a stage, a line a net, what is to run in all, and notes."""
+    data = f"{found.train_pictures:,} training pictures, " if found.train_pictures is not None else ""
+    workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
+    head = f"{found.recipe}: {len(found.stages)} stages, {data}{found.classes:,} classes, {workers}"
+    stages = aligned(
+        ("stage", "net", "S", "from", "epochs", "iterations", "PFLOP", "status"),
+        [stage_cells(stage) for stage in found.stages],
+        left=(0, 1, 2, 3, 7),
+    )
+    nets = {stage.net: stage for stage in found.stages}
+    sizes = aligned(
+        ("net", "parameters", "weights MB", "GiB a worker", "GFLOP a picture", "MB sent an iteration"),
+        [net_cells(stage) for stage in nets.values()],
+        left=(0,),
+    )
+    to_run = [stage for stage in found.stages if stage.status != "done"]
+    lines = [f"{head}, global batch {found.global_batch}", "", *stages, "", *sizes, ""]
+    if found.train_pictures is not None:
+        total = sum(stage.max_pflop or 0 for stage in to_run)
+        lines.append(f"{len(to_run)} of {len(found.stages)} stages to run, {number(total)} PFLOP at most")
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def stage_cells(stage: StagePlan) -> tuple[str, ...]:
+    """What differs from stage to stage, as text."""
+    low, high = stage.scale
+    return (
+        stage.name,
+        stage.net,
+        str(low) if low == high else f"{low}-{high}",
+        stage.init_from or "random",
+        f"{stage.max_epochs:,}",
+        "?" if stage.max_iterations is None else f"{stage.max_iterations:,}",
+        "?" if stage.max_pflop is None else number(stage.max_pflop),
+        f"{stage.status}: {stage.reason}",
+    )
+
+
+def net_cells(stage: StagePlan) -> tuple[str, ...]:
+    """What all stages of a net have in common, as text."""
+    return (
+        stage.net,
+        f"{stage.parameters:,}",
+        number(stage.weights_mb),
+        number(stage.memory_per_worker_gib),
+        number(stage.gflop_per_picture),
+        number(stage.traffic_per_iteration_mb),
+    )
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
+    """The lines of a table, columns in `left` to the left and the others to the right."""
+    table = [titles, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def layer_text(rows: Sequence[LayerRow]) -> str:
+    """A net's layers for a terminal: name, kind, output, parameters and multiply-adds, totals in the last line."""
+    total = ("", "", "", f"{sum(row.parameters for row in rows):,}", f"{sum(row.macs for row in rows):,}")
+    table = [
+        (row.name, row.kind, "x".join(map(str, row.output)), f"{row.parameters:,}", f"{row.macs:,}") for row in rows
+    ]
+    return "\n".join(aligned(("layer", "kind", "output", "parameters", "MACs"), [*table, total], left=(0, 1, 2)))
+
+
+def number(value: float) -> str:
+    """Three significant digits in plain notation: 0.0123, 4.56, 789, 12,300."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
