@@ -1,0 +1,92 @@
+"""The vggrow command as its users run it: a process of its own, stopped and killed by real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+VGGROW = [sys.executable, "-m", "deploy"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The caller's, without its stores."""
+    ours = {name: value for name, value in os.environ.items() if name not in ("VGGROW_STORE", "MLFLOW_TRACKING_URI")}
+    return ours | {"PYTHONPATH": str(ROOT)} | more
+
+
+def vggrow(*words: object, cwd: Path | None = None, timeout_s: float = 240, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end."""
+    return subprocess.run(
+        [*VGGROW, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment(**more), timeout=timeout_s
+    )
+
+
+class Running:
+    """A vggrow command that is still running; its output goes to files, so that no pipe can fill."""
+
+    def __init__(self, *words: object, log: Path) -> None:
+        """Starts it in a process group of its own."""
+        self.log = log
+        self.file = log.open("w")
+        self.process = subprocess.Popen(
+            [*VGGROW, *map(str, words)], stdout=self.file, stderr=self.file, env=environment(), start_new_session=True
+        )
+
+    def send(self, number: int) -> None:
+        """A signal to the command alone, as a person or a supervisor sends it."""
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.file.close()
+
+    def kill_everything(self) -> None:
+        """SIGKILL to the command and to all it has started, in any process group."""
+        try:
+            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            family = []
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+        self.file.close()
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's worker processes below this command."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if any("RayTrainWorker" in word for word in process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def output(self) -> str:
+        """What it has said so far."""
+        return self.log.read_text()
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, running: Running | None = None) -> None:
+    """Waits for a condition; fails when it takes too long, or when the command has ended meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if running is not None and running.process.poll() is not None:
+            raise AssertionError(f"the command ended ({running.process.returncode}):\n{running.output()}")
+        assert time.monotonic() < deadline, f"waited {timeout_s} s" + (f":\n{running.output()}" if running else "")
+        time.sleep(0.02)
+
+
+SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL

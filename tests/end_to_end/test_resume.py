@@ -1,0 +1,159 @@
+"""A schedule killed anywhere goes on with the same command and ends with the very same weights."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.command import SIGINT, SIGKILL, SIGTERM, Running, vggrow, wait_until
+
+EPOCHS, BATCHES = 24, 7        # 60 pictures in batches of 9
+
+
+def stage_folder(store: Path) -> Path:
+    (folder,) = (store / "stages").iterdir()
+    return folder
+
+
+def iterations(store: Path) -> int:
+    """The last iteration in the journal."""
+    try:
+        lines = (stage_folder(store) / "history.jsonl").read_text().splitlines()
+    except (FileNotFoundError, ValueError):
+        return 0
+    return max((int(found[1]) for line in lines if (found := re.search(r'"iteration": (\d+)', line))), default=0)
+
+
+def weights(store: Path) -> bytes:
+    """The bytes of the stage's resulting weights."""
+    folder = stage_folder(store)
+    result = json.loads((folder / "result.json").read_text())
+    return (folder / "checkpoints" / result["checkpoint"] / "model.safetensors").read_bytes()
+
+
+def journal(store: Path) -> list[tuple[object, ...]]:
+    """(epoch or None, iteration, loss, val accuracy) of every row, as they stand in the file."""
+    rows = map(json.loads, (stage_folder(store) / "history.jsonl").read_text().splitlines())
+    return [(row.get("epoch"), row["iteration"], row["train_loss"], row.get("val_top1_accuracy")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory) -> Path:
+    """The store of a run that nobody disturbed, at 2 workers."""
+    from tests.end_to_end.conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "photos.toml").write_text(RECIPE.format(root=photos, epochs=EPOCHS, every="5 iterations"))
+    done = vggrow("train", folder / "photos.toml", "--workers", 2, "--store", folder / "store")
+    assert done.returncode == 0, done.stderr
+    return folder / "store"
+
+
+@pytest.fixture
+def moment() -> random.Random:
+    """Random moments from a printed seed."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed of the moments: {seed}")
+    return random.Random(seed)
+
+
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bit_by_bit(uninterrupted, make_recipe, tmp_path, moment):
+    recipe, store = make_recipe(epochs=EPOCHS, every="5 iterations"), tmp_path / "store"
+    running = Running("train", recipe, "--workers", 2, "--store", store, log=tmp_path / "log")
+    at = moment.randrange(3, EPOCHS * BATCHES // 2)
+    try:
+        wait_until(lambda: iterations(store) >= at, timeout_s=120, running=running)
+        moment.choice(running.workers()).kill()
+
+        code = running.wait()
+    finally:
+        running.kill_everything()
+
+    assert code == 0, running.output()
+    assert "workers were started again" in running.output()
+    assert weights(store) == weights(uninterrupted)
+    assert journal(store) == journal(uninterrupted)
+
+
+def test_a_killed_command_goes_on_and_the_weights_are_the_same_bit_by_bit(uninterrupted, make_recipe, tmp_path, moment):
+    recipe, store = make_recipe(epochs=EPOCHS, every="5 iterations"), tmp_path / "store"
+    running = Running("train", recipe, "--workers", 2, "--store", store, log=tmp_path / "log")
+    at = moment.randrange(3, EPOCHS * BATCHES - 10)
+    try:
+        wait_until(lambda: iterations(store) >= at, timeout_s=120, running=running)
+        running.send(SIGKILL)
+    finally:
+        running.kill_everything()
+    assert not (stage_folder(store) / "result.json").exists()
+
+    again = vggrow("train", recipe, "--workers", 2, "--store", store)
+
+    assert again.returncode == 0, again.stderr
+    assert weights(store) == weights(uninterrupted)
+    assert journal(store) == journal(uninterrupted)
+    assert run_statuses(store) == {"A-36": "FINISHED", "photos": "FINISHED"}
+    assert mlflow_points(store, "val_top1_accuracy") == [
+        (iteration, accuracy) for epoch, iteration, _, accuracy in journal(store) if epoch is not None
+    ]
+
+
+@pytest.mark.parametrize(("number", "workers"), [(SIGINT, 1), (SIGTERM, 2)])
+def test_a_signal_leaves_a_checkpoint_a_killed_run_and_exit_130(number, workers, make_recipe, tmp_path):
+    recipe, store = make_recipe(epochs=500), tmp_path / "store"
+    running = Running("train", recipe, "--workers", workers, "--store", store, log=tmp_path / "log")
+    try:
+        wait_until(lambda: iterations(store) >= 10, timeout_s=120, running=running)
+        running.send(number)
+
+        code = running.wait(40)
+    finally:
+        running.kill_everything()
+
+    assert code == 130, running.output()
+    assert "the same command goes on" in running.output() and "Traceback" not in running.output()
+    checkpoints = [int(path.name.split("-")[1]) for path in (stage_folder(store) / "checkpoints").glob("iteration-*")]
+    assert max(checkpoints) == iterations(store)      # nothing that was trained is lost
+    assert run_statuses(store) == {"A-36": "KILLED", "photos": "KILLED"}
+
+
+def test_a_finished_schedule_is_not_trained_again_and_a_changed_rate_reruns_its_stage_and_children(make_recipe, tmp_path):
+    child = '[[stage]]\nname = "B-36"\nnet = "B"\nscale = 36\ninit_from = "A-36"\nlearning_rate = 1e-3\n'
+    recipe, store = make_recipe(more=child), tmp_path / "store"
+
+    first = vggrow("train", recipe, "--store", store)
+    second = vggrow("train", recipe, "--store", store)
+    recipe.write_text(recipe.read_text().replace('init_from = "A-36"\nlearning_rate = 1e-3', 'init_from = "A-36"'))
+    unchanged = vggrow("train", recipe, "--store", store)
+    recipe.write_text(recipe.read_text() + "learning_rate = 2e-3\n")
+    changed = vggrow("train", recipe, "--store", store)
+
+    for done in (first, second, unchanged, changed):
+        assert done.returncode == 0, done.stderr
+    assert (second.stderr.count("done before"), unchanged.stderr.count("done before")) == (2, 2)
+    assert re.search(r"A-36: done before", changed.stderr) and re.search(r"B-36: net B", changed.stderr)
+    assert len(list((store / "stages").iterdir())) == 3
+    assert "photos@champion (version 1" in first.stdout and "photos@champion (version 1" in second.stdout
+    assert "photos@challenger (version 2" in changed.stdout
+
+
+def run_statuses(store: Path) -> dict[str, str]:
+    """Every run's status by its name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("photos")
+    return {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
+
+
+def mlflow_points(store: Path, metric: str) -> list[tuple[int, float]]:
+    """A metric's points of the stage's run, as MLflow has them."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("photos")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`vggrow.kind` = 'stage'")
+    points = client.get_metric_history(run.info.run_id, metric)
+    return sorted((point.step, point.value) for point in points)
