@@ -1,0 +1,29 @@
+# `make run` and `make test` do all the set-up themselves, and skip what is done.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: run test test-slow lint format clean
+
+run: $(READY)   ## the demo: a staged schedule on real pictures, from a folder of files to a registered model
+	$(BIN)/vggrow train training/recipes/elpv.toml --workers 2 --yardsticks
+
+test: $(READY)  ## all tests but those marked slow or gpu
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)   ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## style, types, and the two import rules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]' -c constraints.txt
+	touch $@
+
+clean:          ## caches; neither the virtual environment nor a store
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
