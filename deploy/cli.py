@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -97,7 +97,7 @@ def scan(source: Path, store: str, as_json: bool) -> None:
             bar.length = files
             bar.update(done - bar.pos)
 
-        manifest = scan_data(settings, opened, threads=os.cpu_count() or 1, progress=progress)
+        manifest = scan_data(settings, opened, threads=len(os.sched_getaffinity(0)), progress=progress)
     folder = opened.data(manifest.fingerprint)
     if as_json:
         print_json(manifest_json(manifest) | {"folder": str(folder)})
@@ -178,14 +178,14 @@ def train(
 
     from deploy.line import run_line
     from deploy.progress import Progress
-    from training.run import Interrupted, Where
+    from training.run import Interrupted, Where, cores
     from training.store import open_store
 
     console = Console(stderr=True, highlight=False)
     where = Where(
         store=open_store(store),
         workers=workers,
-        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        threads=threads or max(1, cores() // workers),
         address=address,
         device=device or default_device(),
     )
@@ -206,7 +206,7 @@ def train(
         sys.exit(130)
     from deploy.last_words import last_words
 
-    click.echo(last_words(line, command=command_name()))
+    click.echo(last_words(line, command=command_name(), store=store))
 
 
 def default_device() -> str:
@@ -218,7 +218,8 @@ def default_device() -> str:
 
 def command_name() -> str:
     """How this command is typed here: vggrow, or the path to it where it is not on PATH."""
-    return "vggrow" if shutil.which("vggrow") else os.path.relpath(sys.argv[0])
+    beside = Path(sys.executable).with_name("vggrow")
+    return "vggrow" if shutil.which("vggrow") or not beside.exists() else os.path.relpath(beside)
 
 
 @vggrow.command()
@@ -241,7 +242,7 @@ def evaluate(
     model: str,
     source: Path | None,
     split: str,
-    protocol: str | None,
+    protocol: Literal["centre", "dense"] | None,
     scales: str | None,
     device: str,
     store: str,
@@ -461,6 +462,7 @@ def doctor(store: str, tracking: str | None, as_json: bool) -> None:
 
 def main() -> None:
     """The entry point: turns errors into one line and an exit code."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")   # no word goes anywhere unasked
     try:
         vggrow(standalone_mode=False)
     except click.ClickException as error:

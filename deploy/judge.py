@@ -1,7 +1,6 @@
 """`vggrow evaluate`: any MODEL measured on a split by one of the paper's test protocols, read by DALI as in training."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from deploy.scans import scan_data
 from pipelines.colour import Colour
 from pipelines.manifest import Manifest, read_manifest
 from training.evaluate import default_scales, evaluate_weights, figures
+from training.run import cores
 from training.store import Store
 from vggcore.errors import DatasetError, DeviceError, RecipeError
 from vggcore.recipe import Data, Protocol, load_recipe
@@ -61,7 +61,7 @@ def judge(
         protocol=chosen,
         scales=scales,
         device=device,
-        threads=len(os.sched_getaffinity(0)),
+        threads=cores(),
     )
     return {
         "model": model,
@@ -81,7 +81,7 @@ def pictures_for(predictor: Predictor, source: Path | None, store: Store) -> Man
     """The pictures to measure on: scanned anew when named, else those of the model's own fingerprint."""
     if source is not None:
         data = Data(root=source.absolute()) if source.is_dir() else load_recipe(source).data
-        return scan_data(data, store, threads=len(os.sched_getaffinity(0)))
+        return scan_data(data, store, threads=cores())
     fingerprint = predictor.description["lineage"].get("fingerprint", "")
     folder = store.data(fingerprint)
     if not (folder / "manifest.parquet").exists():

@@ -2,21 +2,23 @@
 
 from deploy.line import Line
 from deploy.yardsticks import read_yardsticks, result_rows, result_table
+from training.store import DEFAULT_STORE
 
 
-def last_words(line: Line, *, command: str) -> str:
-    """The text; `command` is how vggrow is typed here."""
+def last_words(line: Line, *, command: str, store: str) -> str:
+    """The text; `command` is how vggrow is typed here, `store` what --store was."""
     path = line.report.parent / "yardsticks.json"
     yardsticks = read_yardsticks(path) if path.exists() else None
     evaluations = {name: found.facts for name, found in line.evaluations.items()}
     facts = line.evaluations[line.registered_stage].facts
     scales = ", ".join(map(str, facts["scales"]))
     if line.tracking.startswith("sqlite:"):
-        page = f"mlflow server --backend-store-uri {line.tracking} --port 5000"
+        page = f"{command.replace('vggrow', 'mlflow')} server --backend-store-uri {line.tracking} --port 5000"
         address = "http://127.0.0.1:5000"
     else:
         page, address = "", line.tracking
     address += f"/#/experiments/{line.experiment_id}?workflowType=machine_learning"
+    elsewhere = "" if store == DEFAULT_STORE else f" --store {store}"
     parts = [
         f"Test split, {facts['pictures']} pictures, {facts['protocol']}, Q = {scales} for {line.registered_stage}:",
         "",
@@ -26,6 +28,6 @@ def last_words(line: Line, *, command: str) -> str:
         f"report    {line.report}",
         f"MLflow    {page}" if page else f"MLflow    {address}",
         *([f"          then {address}"] if page else []),
-        f"predict   {command} predict {line.registered.uri} PICTURE...",
+        f"predict   {command} predict {line.registered.uri} PICTURE...{elsewhere}",
     ]
     return "\n".join(parts)

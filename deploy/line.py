@@ -1,10 +1,10 @@
 """The whole line for one recipe: scan, train, evaluate, package, register; every step is skipped when it was done before."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipelines.loader import TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
-from training.run import Interrupted, Listener, Where, check_where, result_weights, train_schedule
+from training.run import Interrupted, Listener, Where, check_where, cores, result_weights, train_schedule
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker
 from training.worker import view_rule
@@ -32,6 +32,7 @@ from vggcore.whole_file import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+LIBRARIES = ("vggrow", "torch", "nvidia-dali-cuda130", "ray", "mlflow", "numpy")
 SHEET_VIEWS = 24      # training views on the sheet that each stage's run shows
 
 
@@ -73,7 +74,7 @@ def run_line(
         require_scikit()
     uri = resolve_tracking(tracking, store.root)
     check_tracking(uri)
-    manifest = scan_data(recipe.data, store, threads=os.cpu_count() or 1)
+    manifest = scan_data(recipe.data, store, threads=cores())
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     key = schedule_key(recipe.name, keys)
     with hold(store, f"schedule-{key}", what=f"the schedule of recipe {recipe.name!r} ({key})"):
@@ -95,7 +96,7 @@ def run_line(
             chosen = registered_stage(recipe, stages, keys, store)
             registered = register(recipe, chosen, keys, manifest, evaluations[chosen.name], tracker, uri, store)
             if with_yardsticks:
-                measure_yardsticks(store, key, recipe, manifest, threads=os.cpu_count() or 1, say=say)
+                measure_yardsticks(store, key, recipe, manifest, threads=cores(), say=say)
             record = record | {
                 "evaluations": {
                     name: str(found.folder.relative_to(store.root)) for name, found in evaluations.items()
@@ -179,7 +180,7 @@ def record_schedule(
 ) -> dict[str, Any]:
     """Writes recipe.toml and stages.json before anything is trained, and logs the recipe and the manifest's summary."""
     folder = store.schedule(key)
-    record = {
+    record: dict[str, Any] = {
         "name": recipe.name,
         "key": key,
         "fingerprint": manifest.fingerprint,
@@ -200,6 +201,7 @@ def record_schedule(
         "parent_run_id": tracker.parent_run_id,
         "runs": {},
         "registered": None,
+        "versions": {name: version(name) for name in LIBRARIES},
     }
     known = read_json(folder / "stages.json")
     if known is not None:                       # keep what an earlier run found until this one finds it again
@@ -243,7 +245,7 @@ def evaluate_all(
             protocol=recipe.evaluate.protocol,
             scales=recipe.evaluate.scales,
             device=where.device,
-            threads=os.cpu_count() or 1,
+            threads=cores(),
         )
         found[stage.name] = evaluation
         names = ("top1_accuracy", "top5_accuracy", "balanced_accuracy", "auc", "loss")
@@ -259,7 +261,7 @@ def view_sheet(stage: Stage, manifest: Manifest) -> bytes:
     train, colour = manifest.split("train"), manifest.colour
     rule = view_rule(stage)
     loader = TrainLoader(
-        train, colour, rule, standardise=False, rank=0, world_size=1, device="cpu", threads=os.cpu_count() or 1
+        train, colour, rule, standardise=False, rank=0, world_size=1, device="cpu", threads=cores()
     )
     images, titles = [], []
     try:

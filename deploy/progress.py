@@ -56,7 +56,8 @@ class Progress(Listener):
                     self.say(self.line(stage))
         if rows:
             now = time.monotonic()
-            self.seen = [(at, it) for at, it in self.seen if now - at < SPEED_WINDOW_S][-200:] + [(now, self.iteration)]
+            recent = [(at, iteration) for at, iteration in self.seen if now - at < SPEED_WINDOW_S]
+            self.seen = [*recent, (now, self.iteration)]
         if self.live is not None:
             self.live.update(Text(self.line(stage)))
 

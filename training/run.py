@@ -7,6 +7,7 @@ signals belong to us: the first asks all workers for a checkpoint at their next 
 import logging
 import os
 import secrets
+import shutil
 import signal
 import threading
 import time
@@ -24,11 +25,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 import vggcore.errors
 from pipelines.manifest import Manifest
+from training.checkpoint import KEPT
 from training.history import parse_rows
 from training.ray_start import start_ray
 from training.store import Store, hold, read_json, request_stop
 from training.worker import StageJob, train_stage
 from vggcore.errors import DeviceError, RecipeError, StoreError, TrainingError
+from vggcore.nets import layer_table
+from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
 
@@ -37,6 +41,11 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 STOP_WAIT_S = 20.0        # how long workers may take to write a checkpoint after a signal
 MAX_FAILURES = 3          # how often a stage's workers may die before we give up
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class Interrupted(Exception):
@@ -126,13 +135,13 @@ def result_weights(store: Store, key: str) -> Path:
     result = read_json(store.stage(key) / "result.json")
     if result is None:
         raise StoreError(f"{store.stage(key)}: the stage has not finished; train it first")
-    return store.stage(key) / "checkpoints" / result["checkpoint"] / "model.safetensors"
+    return store.stage(key) / "checkpoints" / str(result["checkpoint"]) / "model.safetensors"
 
 
 def train_one(
     stage: Stage,
     key: str,
-    parent: tuple[str, Path] | None,
+    parent: tuple[NetName, Path] | None,
     manifest: Manifest,
     where: Where,
     listener: Listener,
@@ -142,6 +151,7 @@ def train_one(
     store, folder = where.store, where.store.stage(key)
     lock = f"stage-{key}"
     with hold(store, lock, what=f"stage {stage.name!r} ({key})") as fence:
+        check_space(stage, len(manifest.classes), folder)
         switch.on_stop = lambda: request_stop(store, lock, fence)
         if switch.stopped:
             raise Interrupted
@@ -188,6 +198,20 @@ def train_one(
             raise Interrupted
         fit.raise_error(stage.name)
         raise TrainingError(f"stage {stage.name!r}: its workers ended without a result; start the same command again")
+
+
+def check_space(stage: Stage, classes: int, folder: Path) -> None:
+    """StoreError unless the disk holds the checkpoints that stay and the one that is being written."""
+    rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    checkpoint = 8 * sum(row.parameters for row in rows)      # weights and momentum, float32
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    wanted = (KEPT + 1) * checkpoint
+    if free < wanted:
+        raise StoreError(
+            f"{folder}: {free / 2**30:.1f} GiB free, but stage {stage.name!r} needs {wanted / 2**30:.1f} GiB for its"
+            " checkpoints; free some, or name another folder by --store"
+        )
 
 
 def raise_problem(stage_folder: Path, fence: int) -> None:

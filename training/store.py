@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from vggcore.errors import StoreError
 from vggcore.whole_file import write_json, write_text
 
+DEFAULT_STORE = "vggrow-store"
+
 
 @dataclass(frozen=True)
 class Store:

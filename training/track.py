@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Tracker(Listener):
         fresh = [Metric(name, value, now, 0) for name, value in metrics.items() if known.get(name) != value]
         self.insist(lambda: self.client.log_batch(run_id, metrics=fresh))
         for path, folder in files:
-            self.insist(lambda path=path, folder=folder: self.client.log_artifact(run_id, str(path), folder))
+            self.insist(partial(self.client.log_artifact, run_id, str(path), folder))
 
     def log_bytes(self, run_id: str, content: bytes, name: str, scratch: Path) -> None:
         """An artifact from memory, such as a picture."""

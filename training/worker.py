@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray.train.torch
@@ -31,6 +31,7 @@ from training.store import Store, fence_holds, stop_requested
 from vggcore.errors import DatasetError, StoreError, TrainingError, VggrowError
 from vggcore.initialise import copy_from_parent, initialise_net
 from vggcore.nets import Vgg, build_net
+from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.weights import load_weights
 from vggcore.whole_file import write_json
@@ -49,7 +50,7 @@ class StageJob:
     key: str
     store: Path
     fingerprint: str
-    parent: tuple[str, Path] | None    # the parent's net and its weights; None: random weights
+    parent: tuple[NetName, Path] | None    # the parent's net and its weights; None: random weights
     lock: str                          # name of the lock under which this stage is trained
     fence: int                         # the lock's number, see store.fence_holds
     nonce: str                         # what every worker must read in the store
@@ -174,7 +175,8 @@ class StageTraining:
             first_weights(self.net, job)
         else:
             self.net.load_state_dict(checkpoint.weights())
-        self.net.to(team.device, memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
+        self.net.to(team.device)
+        self.net.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
         self.optimizer = make_optimizer(self.net.parameters(), stage)
         start = Progress.start(Plateau.start(stage), world_size=team.world_size, threads=job.threads)
         self.progress = start
@@ -207,7 +209,7 @@ class StageTraining:
 
     def parallel_model(self) -> torch.nn.Module:
         """The net as it is called in training: compiled if asked, gradients averaged over the workers."""
-        model: torch.nn.Module = torch.compile(self.net) if self.stage.compile else self.net
+        model = cast(torch.nn.Module, torch.compile(self.net)) if self.stage.compile else self.net
         if self.team.world_size == 1:
             return model
         devices = [self.team.device] if self.team.device.type == "cuda" else None
@@ -317,7 +319,7 @@ class StageTraining:
         if batch is None or len(batch.labels) == 0:
             images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=device)
             zero = torch.zeros(1, dtype=torch.int64, device=device)
-            self.losses(images, zero, zero).mul(0.0).backward()
+            torch.autograd.backward(self.losses(images, zero, zero) * 0.0)
             return 0.0
         micro = self.stage.micro_batch or len(batch.labels)
         starts = range(0, len(batch.labels), micro)
@@ -326,7 +328,7 @@ class StageTraining:
             part = slice(start, start + micro)
             with self.exchange(start == starts[-1]):
                 loss = self.losses(batch.images[part], batch.labels[part], batch.rows[part])
-                (loss * (self.team.world_size / batch.size)).backward()
+                torch.autograd.backward(loss * (self.team.world_size / batch.size))
             total += loss.detach().double()
         return float(total)
 

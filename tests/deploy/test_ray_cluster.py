@@ -1,0 +1,95 @@
+"""ray_cluster.yaml is what Ray's own validator accepts, and the files and limits it names are there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    """The file as read anew."""
+    loaded = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def rename(table: dict[str, Any], name: str, wrong: str) -> None:
+    table[wrong] = table.pop(name)
+
+
+def test_rays_validator_accepts_the_cluster(cluster):
+    validate_config(prepare_config(cluster))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "wrong"),
+    [
+        ((), "idle_timeout_minutes", "idle_timeout_minute"),
+        ((), "setup_commands", "setup_command"),
+        ((), "file_mounts", "file_mount"),
+        (("available_node_types", "gpu_worker"), "min_workers", "min_worker"),
+        (("auth",), "ssh_user", "ssh_usr"),
+    ],
+)
+def test_a_typing_error_in_a_key_is_refused(cluster, place, name, wrong):
+    table = cluster
+    for part in place:
+        table = table[part]
+    rename(table, name, wrong)
+
+    with pytest.raises(ValidationError, match=f"'{wrong}' was unexpected"):
+        validate_config(prepare_config(cluster))
+
+
+def test_a_value_of_the_wrong_type_is_refused(cluster):
+    cluster["available_node_types"]["gpu_worker"]["resources"]["GPU"] = "one"
+
+    with pytest.raises(ValidationError, match="'one' is not of type 'integer'"):
+        validate_config(prepare_config(cluster))
+
+
+def test_more_workers_at_least_than_at_most_are_refused(cluster):
+    cluster["available_node_types"]["gpu_worker"]["min_workers"] = cluster["max_workers"] + 1
+
+    with pytest.raises(ValueError, match="smaller than the sum of `min_workers`"):
+        validate_config(prepare_config(cluster))
+
+
+def test_a_head_of_no_known_type_is_refused(cluster):
+    cluster["head_node_type"] = "haed"
+
+    with pytest.raises(ValueError, match="`head_node_type` must be one of"):
+        validate_config(prepare_config(cluster))
+
+
+def test_the_head_trains_nothing_and_each_worker_has_a_gpu(cluster):
+    head, worker = (cluster["available_node_types"][name] for name in ("head", "gpu_worker"))
+
+    assert head["resources"] == {"CPU": 0}
+    assert worker["resources"]["GPU"] == 1
+    assert 0 <= worker["min_workers"] <= worker["max_workers"] <= cluster["max_workers"]
+
+
+def test_the_nodes_install_this_project_with_the_tried_versions(cluster):
+    (project,) = (remote for remote, local in cluster["file_mounts"].items() if local == ".")
+    (install,) = (line for line in cluster["setup_commands"] if "pip install" in line)
+    (constraints,) = re.findall(r"-c ~/(\S+)", install)
+
+    assert project == "/home/ubuntu/vggrow"
+    assert "-e ~/vggrow " in install
+    assert (ROOT / Path(constraints).relative_to("vggrow")).is_file()
+
+
+def test_the_store_lies_on_the_file_system_that_every_node_mounts(cluster):
+    commands = "\n".join(cluster["setup_commands"])
+    (store,) = re.findall(r"VGGROW_STORE=(\S+?)'", commands)
+    (mounted,) = re.findall(r"amazonaws\.com:/ (\S+)", commands)
+
+    assert Path(store).is_relative_to(mounted)
