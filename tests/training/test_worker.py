@@ -1,0 +1,213 @@
+"""A worker's part of an iteration: whatever the micro-batches and the workers, the same gradient."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.loader import Batch
+from pipelines.scan import scan
+from tests.pipelines.photo_folders import make_photo_folder
+from training.checkpoint import iterations_on_disk
+from training.history import read_history
+from training.run import Listener, Where, check_where, is_done, train_schedule
+from training.store import Store, open_store
+from training.worker import StageJob, StageTraining, Superseded, Team, prove_same_world
+from vggcore.errors import DatasetError, DeviceError, RecipeError, StoreError
+from vggcore.recipe import Recipe, parse_recipe
+from vggcore.schedule import Stage, resolve_stages, stage_keys
+
+RECIPE = """
+name = "photos"
+seed = 3
+[data]
+root = "{root}"
+standardise = true
+[net]
+width = 0.0625
+crop = 32
+dropout = 0.5
+initialise = "he"
+[train]
+global_batch = 7
+max_epochs = 2
+[[stage]]
+name = "A-36"
+net = "A"
+scale = 36
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A scanned folder of photos: (recipe, store, manifest)."""
+    folder = tmp_path_factory.mktemp("world")
+    root = make_photo_folder(folder / "photos", per_class=8, split=True, size=(40, 60))
+    recipe = parse_recipe(RECIPE.format(root=root), place="photos.toml", folder=folder)
+    store = open_store(folder / "store")
+    return recipe, store, scan(recipe.data, store.root, threads=1)
+
+
+def job_of(world, **changes) -> StageJob:
+    recipe, store, manifest = world
+    (stage,) = resolve_stages(recipe)
+    stage = stage.model_copy(update=changes)
+    (store.locks / "stage-test.nonce").write_text("here")
+    (store.locks / "stage-test.fence").write_text("1\n")
+    return StageJob(
+        stage=stage,
+        key="0" * 16,
+        store=store.root,
+        fingerprint=manifest.fingerprint,
+        parent=None,
+        lock="stage-test",
+        fence=1,
+        nonce="here",
+        device="cpu",
+        threads=1,
+    )
+
+
+def training(world, **changes) -> StageTraining:
+    return StageTraining(job_of(world, **changes), world[2], Team(torch.device("cpu")))
+
+
+def gradients(part: StageTraining) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in part.net.parameters()])
+
+
+def share_of(batch: Batch, start: int, stop: int) -> Batch:
+    return dataclasses.replace(
+        batch, images=batch.images[start:stop], labels=batch.labels[start:stop], rows=batch.rows[start:stop]
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 7])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(world, micro_batch):
+    whole, parts = training(world), training(world, micro_batch=micro_batch)
+    batch = next(whole.loader.epoch(0))
+
+    losses = whole.add_gradient(batch), parts.add_gradient(batch)
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_workers_shares_add_up_to_the_gradient_of_the_whole_batch_also_where_one_has_no_picture(world):
+    whole, worker = training(world), training(world)
+    batch = next(whole.loader.epoch(0))
+    whole.add_gradient(batch)
+
+    for start, stop in ((0, 4), (4, 7), (7, 7)):
+        worker.add_gradient(share_of(batch, start, stop))
+
+    torch.testing.assert_close(gradients(worker), gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_the_last_short_batch_is_a_mean_over_its_own_pictures(world):
+    part = training(world)
+    *_, last = part.loader.epoch(0)
+    assert (last.size, len(last.labels)) == (3, 3)      # 24 pictures in batches of 7
+
+    part.model.train()
+    loss_sum = part.add_gradient(last)
+    scaled = gradients(part)
+    part.optimizer.zero_grad()
+    logits_loss = part.losses(last.images, last.labels, last.rows)
+    (logits_loss / 3).backward()
+
+    assert loss_sum == pytest.approx(float(logits_loss.detach()), rel=1e-6)
+    torch.testing.assert_close(scaled, gradients(part), rtol=1e-5, atol=1e-7)
+
+
+def test_a_worker_that_sees_another_store_or_other_pictures_says_so(world, tmp_path):
+    recipe, store, manifest = world
+    job = job_of(world)
+
+    with pytest.raises(StoreError, match="a worker does not see the store that the driver sees"):
+        prove_same_world(dataclasses.replace(job, nonce="elsewhere"), manifest)
+    shutil.copytree(manifest.root, tmp_path / "photos")
+    moved = dataclasses.replace(manifest, root=tmp_path / "photos")
+    prove_same_world(job, moved)
+    (tmp_path / "photos" / manifest.split("train").paths[0]).write_bytes(b"something else")
+    with pytest.raises(DatasetError, match="a worker finds other content than the scan did"):
+        prove_same_world(job, moved)
+
+
+def test_an_orphan_writes_neither_checkpoint_nor_history(world):
+    part = training(world)
+    (world[1].locks / "stage-test.fence").write_text("2\n")
+
+    with pytest.raises(Superseded):
+        part.checkpoint()
+
+    assert iterations_on_disk(part.folder) == []
+
+
+def test_a_diverging_loss_stops_the_stage_names_the_iteration_and_keeps_the_last_good_weights(world, tmp_path):
+    recipe, _, manifest = world
+    store = open_store(tmp_path / "store")
+    shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
+    stages, keys = schedule_of(recipe, manifest, learning_rate=1e6)
+
+    with pytest.raises(Exception, match=r"the loss at iteration \d+ \(epoch 1\) is (nan|inf); lower \[train\] learning_rate"):
+        train_schedule(stages, keys, manifest, Where(store), Listener())
+
+    folder = store.stage(keys["A-36"])
+    (iteration,) = iterations_on_disk(folder)
+    assert iteration == max(row["iteration"] for row in read_history(folder / "history.jsonl"))
+    assert not is_done(store, keys["A-36"])
+
+
+def schedule_of(recipe: Recipe, manifest, **changes) -> tuple[tuple[Stage, ...], dict[str, str]]:
+    stages = tuple(stage.model_copy(update=changes) for stage in resolve_stages(recipe))
+    return stages, stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
+
+
+def test_the_parents_layers_are_the_childs_first_weights(world, tmp_path):
+    recipe, _, manifest = world
+    store = open_store(tmp_path / "store")
+    shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
+    more = '[[stage]]\nname = "B-36"\nnet = "B"\nscale = 36\ninit_from = "A-36"\nlearning_rate = 1e-30\nmax_epochs = 1\n'
+    text = RECIPE.format(root=manifest.root) + more
+    stages = resolve_stages(parse_recipe(text, place="x", folder=Path()))
+    keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
+
+    train_schedule(stages, keys, manifest, Where(store), Listener())
+
+    a, b = (result_state(store, keys[name]) for name in ("A-36", "B-36"))
+    for ours, theirs in (("features.0", "features.0"), ("features.5", "features.3"), ("features.10", "features.6")):
+        assert torch.equal(b[f"{ours}.weight"], a[f"{theirs}.weight"])      # conv1_1, conv2_1, conv3_1 by place in group
+    assert torch.equal(b["classifier.6.weight"], a["classifier.6.weight"])
+
+
+def result_state(store: Store, key: str) -> dict[str, torch.Tensor]:
+    from vggcore.weights import load_weights
+
+    checkpoint = json.loads((store.stage(key) / "result.json").read_text())["checkpoint"]
+    return load_weights(store.stage(key) / "checkpoints" / checkpoint / "model.safetensors")
+
+
+def test_what_cannot_work_is_said_before_anything_starts(world):
+    recipe, store, manifest = world
+    stages, _ = schedule_of(recipe, manifest)
+
+    with pytest.raises(RecipeError, match="--workers 8 is more than global_batch 7: a worker would have no picture"):
+        check_where(Where(store, workers=8), stages)
+    with pytest.raises(DeviceError, match='"tf32" needs a GPU'):
+        check_where(Where(store), [stages[0].model_copy(update={"precision": "tf32"})])
+
+
+def test_validation_is_the_same_from_memory_as_from_the_pictures(world):
+    part = training(world)
+
+    first = part.validate()
+    assert part.val_views is not None
+    again = part.validate()
+
+    assert first == again
+    assert first[0] in np.arange(0, 7) / 6       # 6 pictures in val
