@@ -103,26 +103,30 @@ def train_schedule(
     with StopSwitch() as switch:
         for stage in stages:
             key = keys[stage.name]
-            done = is_done(where.store, key)
-            listener.stage_begins(stage, key, done=done)
-            if done:
+            if is_done(where.store, key):
+                listener.stage_begins(stage, key, done=True)
                 continue
-            if not where.in_this_process:
-                # Here and not in fit's thread: Ray's processes die with the thread that started them (PR_SET_PDEATHSIG).
-                start_ray(where.store, address=where.address, cpus=where.workers * where.threads)
-                switch.take_signals()      # Ray puts a handler of its own on SIGTERM, which aborts the process
             parent = None
             if stage.init_from is not None:
                 parent = (nets[stage.init_from], result_weights(where.store, keys[stage.init_from]))
-            try:
-                train_one(stage, key, parent, manifest, where, listener, switch)
-            except Interrupted:
-                listener.stage_ends(stage, key, "KILLED")
-                raise
-            except BaseException:
-                listener.stage_ends(stage, key, "FAILED")
-                raise
-            listener.stage_ends(stage, key, "FINISHED")
+            with hold(where.store, stage_lock(key), what=f"stage {stage.name!r} ({key})") as fence:
+                listener.stage_begins(stage, key, done=is_done(where.store, key))
+                if is_done(where.store, key):      # another schedule with the same stage has just finished it
+                    continue
+                try:
+                    train_one(stage, key, fence, parent, manifest, where, listener, switch)
+                except Interrupted:
+                    listener.stage_ends(stage, key, "KILLED")
+                    raise
+                except BaseException:
+                    listener.stage_ends(stage, key, "FAILED")
+                    raise
+                listener.stage_ends(stage, key, "FINISHED")
+
+
+def stage_lock(key: str) -> str:
+    """The name of the lock under which a stage is trained."""
+    return f"stage-{key}"
 
 
 def is_done(store: Store, key: str) -> bool:
@@ -141,63 +145,78 @@ def result_weights(store: Store, key: str) -> Path:
 def train_one(
     stage: Stage,
     key: str,
+    fence: int,
     parent: tuple[NetName, Path] | None,
     manifest: Manifest,
     where: Where,
     listener: Listener,
     switch: "StopSwitch",
 ) -> None:
-    """Trains one stage until it has a result."""
-    store, folder = where.store, where.store.stage(key)
-    lock = f"stage-{key}"
-    with hold(store, lock, what=f"stage {stage.name!r} ({key})") as fence:
-        check_space(stage, len(manifest.classes), folder)
-        switch.on_stop = lambda: request_stop(store, lock, fence)
-        if switch.stopped:
-            raise Interrupted
-        write_json(
-            folder / "stage.json",
-            {
-                "name": stage.name,
-                "key": key,
-                "stage": stage.model_dump(mode="json"),
-                "parent": parent and {"net": parent[0], "key": parent[1].parent.parent.parent.name},
-                "fingerprint": manifest.fingerprint,
-                "classes": list(manifest.classes),
-            },
-        )
-        (folder / "error.json").unlink(missing_ok=True)
-        nonce = secrets.token_hex(16)
-        write_text(store.locks / f"{lock}.nonce", nonce)
-        job = StageJob(
-            stage=stage,
-            key=key,
-            store=store.root,
-            fingerprint=manifest.fingerprint,
-            parent=parent,
-            lock=lock,
-            fence=fence,
-            nonce=nonce,
-            device=where.device,
-            threads=where.threads,
-        )
-        fit = FitThread(job, where)
-        fit.start()
-        tail = HistoryTail(folder / "history.jsonl")
-        while fit.is_alive():
-            fit.join(POLL_S)
-            listener.rows(stage, key, tail.new_rows())
-            if switch.overdue:
-                ray.shutdown()
-                raise Interrupted
+    """Trains one stage, whose lock is held, until it has a result."""
+    store, folder, lock = where.store, where.store.stage(key), stage_lock(key)
+    check_space(stage, len(manifest.classes), folder)
+    if not where.in_this_process:
+        # Here and not in fit's thread: Ray's processes die with the thread that started them (PR_SET_PDEATHSIG).
+        start_ray(store, address=where.address, cpus=where.workers * where.threads)
+        switch.take_signals()      # Ray puts a handler of its own on SIGTERM, which aborts the process
+    switch.on_stop = lambda: request_stop(store, lock, fence)
+    if switch.stopped:
+        raise Interrupted
+    fit = FitThread(prepare(stage, key, fence, parent, manifest, where), where)
+    fit.start()
+    tail = HistoryTail(folder / "history.jsonl")
+    while fit.is_alive():
+        fit.join(POLL_S)
         listener.rows(stage, key, tail.new_rows())
-        if is_done(store, key):
-            return
-        raise_problem(folder, fence)
-        if switch.stopped:
+        if switch.overdue:
+            ray.shutdown()
             raise Interrupted
-        fit.raise_error(stage.name)
-        raise TrainingError(f"stage {stage.name!r}: its workers ended without a result; start the same command again")
+    listener.rows(stage, key, tail.new_rows())
+    if is_done(store, key):
+        return
+    raise_problem(folder, fence)
+    if switch.stopped:
+        raise Interrupted
+    fit.raise_error(stage.name)
+    raise TrainingError(f"stage {stage.name!r}: its workers ended without a result; start the same command again")
+
+
+def prepare(
+    stage: Stage,
+    key: str,
+    fence: int,
+    parent: tuple[NetName, Path] | None,
+    manifest: Manifest,
+    where: Where,
+) -> StageJob:
+    """Writes what the workers will read, stage.json and the nonce, and gives their job."""
+    store, folder, lock = where.store, where.store.stage(key), stage_lock(key)
+    write_json(
+        folder / "stage.json",
+        {
+            "name": stage.name,
+            "key": key,
+            "stage": stage.model_dump(mode="json"),
+            "parent": parent and {"net": parent[0], "key": parent[1].parent.parent.parent.name},
+            "fingerprint": manifest.fingerprint,
+            "classes": list(manifest.classes),
+        },
+    )
+    (folder / "error.json").unlink(missing_ok=True)
+    nonce = secrets.token_hex(16)
+    write_text(store.locks / f"{lock}.nonce", nonce)
+    return StageJob(
+        stage=stage,
+        key=key,
+        store=store.root,
+        fingerprint=manifest.fingerprint,
+        parent=parent,
+        lock=lock,
+        fence=fence,
+        nonce=nonce,
+        device=where.device,
+        threads=where.threads,
+    )
 
 
 def check_space(stage: Stage, classes: int, folder: Path) -> None:

@@ -58,7 +58,7 @@ def sections(path: Path) -> dict[str, str]:
 
 def table_rows(text: str) -> list[list[str]]:
     """The cells of every table row in a text, headings and rules left out."""
-    lines = [line for line in text.splitlines() if line.startswith("| `") or line.startswith("| -")]
+    lines = [line for line in text.splitlines() if line.startswith(("| `", "| -"))]
     return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
@@ -86,6 +86,12 @@ def test_the_reference_has_each_command_with_exactly_its_options(words):
     assert section is not None, f"no heading '## {words}'"
     documented = {name for row in table_rows(section) for name in re.findall(r"--[a-z-]+", row[0])}
     assert documented == long_options(COMMANDS[words])
+
+
+def test_the_reference_has_no_command_that_is_gone():
+    headings = sections(ROOT / "docs/reference/command-line.md")
+
+    assert {heading for heading in headings if heading.startswith("vggrow")} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("words", EXECUTABLE)

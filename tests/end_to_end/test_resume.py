@@ -100,6 +100,19 @@ def test_a_killed_command_goes_on_and_the_weights_are_the_same_bit_by_bit(uninte
     ]
 
 
+def test_one_worker_walks_the_same_way_as_two_but_for_the_order_of_float_sums(uninterrupted, make_recipe, tmp_path):
+    recipe, store = make_recipe(epochs=2), tmp_path / "store"
+
+    alone = vggrow("train", recipe, "--store", store, "--threads", 1)
+
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = (
+        [loss for epoch, _, loss, _ in journal(where)[: 2 * (BATCHES + 1)] if epoch is None] for where in (store, uninterrupted)
+    )
+    assert len(ours) == 2 * BATCHES
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize(("number", "workers"), [(SIGINT, 1), (SIGTERM, 2)])
 def test_a_signal_leaves_a_checkpoint_a_killed_run_and_exit_130(number, workers, make_recipe, tmp_path):
     recipe, store = make_recipe(epochs=500), tmp_path / "store"
