@@ -4,16 +4,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test test-slow lint format clean
+.PHONY: run test test-cluster cluster-up cluster-down lint clean
 
 run: $(READY)   ## the demo: a staged schedule on real pictures, from a folder of files to a registered model
 	$(BIN)/vggrow train training/recipes/elpv.toml --workers 2 --yardsticks
 
-test: $(READY)  ## all tests but those marked slow or gpu
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(READY)  ## all tests but those that take long or need more than this machine
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
 
-test-slow: $(READY)   ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+test-cluster: $(READY)   ## the rest: kill campaigns, and three Ray nodes in network namespaces (root)
+	$(BIN)/python -m pytest -m "slow or cluster" --timeout 1800
+
+cluster-up: $(READY)     ## that cluster, to try things on by hand
+	$(BIN)/python -m tests.cluster up
+
+cluster-down: $(READY)   ## ends it, also one that was killed half-way
+	$(BIN)/python -m tests.cluster down
 
 lint: $(READY)  ## style, types, and the two import rules
 	$(BIN)/ruff check .

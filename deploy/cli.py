@@ -174,16 +174,19 @@ def train(
     from vggcore.recipe import load_recipe
 
     loaded = load_recipe(recipe)
+    from training.store import open_store
+
+    opened = open_store(store)
+    answering(tracking, opened.root)
     from rich.console import Console
 
     from deploy.line import run_line
     from deploy.progress import Progress
     from training.run import Interrupted, Where, cores
-    from training.store import open_store
 
     console = Console(stderr=True, highlight=False)
     where = Where(
-        store=open_store(store),
+        store=opened,
         workers=workers,
         threads=threads or max(1, cores() // workers),
         address=address,
@@ -207,6 +210,22 @@ def train(
     from deploy.last_words import last_words
 
     click.echo(last_words(line, command=command_name(), store=store))
+
+
+def answering(tracking: str | None, store: Path) -> str:
+    """The tracking URI, asked before torch and MLflow are loaded: so a silent server is named within 10 s."""
+    from deploy.tracking_address import check_tracking, resolve_tracking
+
+    uri = resolve_tracking(tracking, store)
+    check_tracking(uri)
+    return uri
+
+
+def tracking_of(model: str, tracking: str | None, store: Path) -> str:
+    """As `answering`, where MODEL is one that the server must be asked for."""
+    from deploy.tracking_address import resolve_tracking
+
+    return answering(tracking, store) if model.startswith(("models:", "runs:")) else resolve_tracking(tracking, store)
 
 
 def default_device() -> str:
@@ -258,20 +277,21 @@ def evaluate(
         vggrow evaluate models:/elpv@champion
         vggrow evaluate D-72 --protocol centre --scales 72
     """
-    from deploy.judge import evaluation_text, judge
-    from deploy.tracking_address import resolve_tracking
     from training.store import open_store
 
-    opened = open_store(store)
+    opened, test_scales = open_store(store), parse_scales(scales)
+    uri = tracking_of(model, tracking, opened.root)
+    from deploy.judge import evaluation_text, judge
+
     found = judge(
         model,
         source=source,
         split=split,
         protocol=protocol,
-        scales=parse_scales(scales),
+        scales=test_scales,
         device=device,
         store=opened,
-        tracking=resolve_tracking(tracking, opened.root),
+        tracking=uri,
     )
     if as_json:
         print_json(found)
@@ -286,7 +306,8 @@ def parse_scales(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r}: wanted whole numbers with commas, such as 256,384,512") from None
+        wanted = f"{text!r}: wanted whole numbers with commas, such as 256,384,512"
+        raise click.BadParameter(wanted, param_hint="--scales") from None
 
 
 @vggrow.command()
@@ -305,14 +326,13 @@ def predict(model: str, pictures: tuple[Path, ...], top_k: int, store: str, trac
     Example:
         vggrow predict models:/elpv@champion cell.png
     """
-    from deploy.predict import open_model
-    from deploy.tracking_address import resolve_tracking
     from training.store import open_store
 
     opened = open_store(store)
-    answers = open_model(model, store=opened.root, tracking=resolve_tracking(tracking, opened.root)).predict(
-        pictures, top_k
-    )
+    uri = tracking_of(model, tracking, opened.root)
+    from deploy.predict import open_model
+
+    answers = open_model(model, store=opened.root, tracking=uri).predict(pictures, top_k)
     if as_json:
         print_json(answers)
         return
@@ -368,9 +388,10 @@ def models_list(store: str, tracking: str | None, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
+    client = registry_client(store, tracking)
     from deploy.registry import list_models, models_text
 
-    found = list_models(registry_client(store, tracking))
+    found = list_models(client)
     if as_json:
         print_json([asdict(model) for model in found])
     else:
@@ -391,9 +412,10 @@ def models_show(name: str, store: str, tracking: str | None, as_json: bool) -> N
     """
     from dataclasses import asdict
 
+    client = registry_client(store, tracking)
     from deploy.registry import model_text, show_model
 
-    found = show_model(registry_client(store, tracking), name)
+    found = show_model(client, name)
     if as_json:
         print_json(asdict(found))
     else:
@@ -402,13 +424,11 @@ def models_show(name: str, store: str, tracking: str | None, as_json: bool) -> N
 
 def registry_client(store: str, tracking: str | None) -> Any:
     """An MLflow client whose server was asked whether it answers."""
-    from mlflow import MlflowClient
-
-    from deploy.tracking_address import check_tracking, resolve_tracking
     from training.store import open_store
 
-    uri = resolve_tracking(tracking, open_store(store).root)
-    check_tracking(uri)
+    uri = answering(tracking, open_store(store).root)
+    from mlflow import MlflowClient
+
     return MlflowClient(uri)
 
 

@@ -1,6 +1,7 @@
 """The whole line for one recipe: scan, train, evaluate, package, register; every step is skipped when it was done before."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipelines.loader import TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
+from training.ray_start import check_address
 from training.run import Interrupted, Listener, Where, check_where, cores, result_weights, train_schedule
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker
@@ -70,6 +72,9 @@ def run_line(
     """
     store, stages = where.store, resolve_stages(recipe)
     check_where(where, stages)
+    address = where.address or os.environ.get("RAY_ADDRESS")
+    if address not in (None, "local"):
+        check_address(address)
     if with_yardsticks:
         require_scikit()
     uri = resolve_tracking(tracking, store.root)
@@ -244,7 +249,7 @@ def evaluate_all(
             manifest,
             protocol=recipe.evaluate.protocol,
             scales=recipe.evaluate.scales,
-            device=where.device,
+            device=where.device_here,
             threads=cores(),
         )
         found[stage.name] = evaluation

@@ -63,6 +63,11 @@ class Where:
     device: str = "cpu"
 
     @property
+    def device_here(self) -> str:
+        """The device for work in the conductor itself: a cluster's head may have no GPU though its workers do."""
+        return "cuda" if self.device == "cuda" and torch.cuda.is_available() else "cpu"
+
+    @property
     def in_this_process(self) -> bool:
         """One worker on this machine needs no Ray cluster: Ray Train's local mode runs it right here."""
         return self.workers == 1 and self.address is None and "RAY_ADDRESS" not in os.environ
