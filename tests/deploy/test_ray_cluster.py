@@ -1,13 +1,17 @@
-"""ray_cluster.yaml is what Ray's own validator accepts, and the files and limits it names are there."""
+"""The two cluster files are what Ray's own validator accepts, and the files and limits they name are there."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
+from typed_commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,5 +95,82 @@ def test_the_store_lies_on_the_file_system_that_every_node_mounts(cluster):
     commands = "\n".join(cluster["setup_commands"])
     (store,) = re.findall(r"VGGROW_STORE=(\S+?)'", commands)
     (mounted,) = re.findall(r"amazonaws\.com:/ (\S+)", commands)
+
+    assert Path(store).is_relative_to(mounted)
+
+
+@pytest.fixture
+def on_premises() -> dict[str, Any]:
+    """The variant for machines that are there already, as read anew."""
+    loaded = yaml.safe_load((ROOT / "deploy/clusters/on-premises.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_rays_validator_accepts_the_cluster_on_premises(on_premises):
+    prepared = prepare_config(on_premises)
+
+    validate_config(prepared)
+    (workers,) = prepared["available_node_types"].values()
+    assert workers["min_workers"] == workers["max_workers"] == len(on_premises["provider"]["worker_ips"])
+
+
+def test_a_typing_error_in_a_key_on_premises_is_refused(on_premises):
+    rename(on_premises["provider"], "worker_ips", "worker_ip")
+
+    with pytest.raises(click.ClickException, match="`head_ip` and list of `worker_ips`"):
+        prepare_config(on_premises)
+
+
+def test_an_unknown_key_on_premises_is_refused(on_premises):
+    rename(on_premises, "setup_commands", "setup_command")
+
+    with pytest.raises(ValidationError, match="'setup_command' was unexpected"):
+        validate_config(prepare_config(on_premises))
+
+
+def every(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.mark.parametrize("name", ["ray_cluster.yaml", "deploy/clusters/on-premises.yaml"])
+def test_every_start_of_ray_asks_for_the_token_at_normal_priority(name):
+    cluster = every(name)
+    commands = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
+    starts = [command for command in commands if "ray start" in command]
+
+    assert len(starts) == 2
+    for command in starts:
+        assert "RAY_AUTH_MODE=token" in command and "RAY_worker_niceness=0" in command
+    assert any(remote.endswith("/.ray/auth_token") for remote in cluster["file_mounts"])
+    assert "chmod 600 ~/.ray/auth_token" in cluster["setup_commands"]
+
+
+@pytest.mark.parametrize("name", ["ray_cluster.yaml", "deploy/clusters/on-premises.yaml"])
+def test_commands_are_words_that_bash_understands(name):
+    cluster = every(name)
+    kinds = ("setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands")
+    commands = [command for kind in (*kinds, "worker_start_ray_commands") for command in cluster[kind]]
+
+    for command in commands:
+        checked = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+        assert checked.returncode == 0, f"{command}: {checked.stderr}"
+
+
+@pytest.mark.parametrize("name", ["ray_cluster.yaml", "deploy/clusters/on-premises.yaml"])
+def test_the_train_commands_in_the_comments_are_ones_that_vggrow_takes(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    lines = re.findall(r"'(vggrow train [^']+)'", text)
+
+    assert lines
+    for line in lines:
+        parse(shlex.split(line))
+
+
+def test_the_store_on_premises_lies_in_the_folder_that_must_be_mounted(on_premises):
+    commands = "\n".join(on_premises["setup_commands"])
+    (store,) = re.findall(r"VGGROW_STORE=(\S+?)'", commands)
+    (mounted,) = re.findall(r"mountpoint -q (\S+)", commands)
 
     assert Path(store).is_relative_to(mounted)
