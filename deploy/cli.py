@@ -11,11 +11,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from vggcore.errors import VggrowError
+
+if TYPE_CHECKING:
+    from training.store import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -212,6 +215,13 @@ def train(
     click.echo(last_words(line, command=command_name(), store=store))
 
 
+def reading(store: str, tracking: str | None) -> "Store":
+    """The store for a command that only reads; it need not exist where a tracking server is named."""
+    from training.store import Store, store_to_read
+
+    return store_to_read(store) if tracking is None else Store(Path(store).absolute())
+
+
 def answering(tracking: str | None, store: Path) -> str:
     """The tracking URI, asked before torch and MLflow are loaded: so a silent server is named within 10 s."""
     from deploy.tracking_address import check_tracking, resolve_tracking
@@ -277,9 +287,7 @@ def evaluate(
         vggrow evaluate models:/elpv@champion
         vggrow evaluate D-72 --protocol centre --scales 72
     """
-    from training.store import open_store
-
-    opened, test_scales = open_store(store), parse_scales(scales)
+    test_scales, opened = parse_scales(scales), reading(store, tracking)
     uri = tracking_of(model, tracking, opened.root)
     from deploy.judge import evaluation_text, judge
 
@@ -326,9 +334,7 @@ def predict(model: str, pictures: tuple[Path, ...], top_k: int, store: str, trac
     Example:
         vggrow predict models:/elpv@champion cell.png
     """
-    from training.store import open_store
-
-    opened = open_store(store)
+    opened = reading(store, tracking)
     uri = tracking_of(model, tracking, opened.root)
     from deploy.predict import open_model
 
@@ -424,9 +430,7 @@ def models_show(name: str, store: str, tracking: str | None, as_json: bool) -> N
 
 def registry_client(store: str, tracking: str | None) -> Any:
     """An MLflow client whose server was asked whether it answers."""
-    from training.store import open_store
-
-    uri = answering(tracking, open_store(store).root)
+    uri = answering(tracking, reading(store, tracking).root)
     from mlflow import MlflowClient
 
     return MlflowClient(uri)

@@ -1,5 +1,6 @@
 """Where runs and models are recorded: the store's own sqlite file or an MLflow server, asked first if it answers."""
 
+import logging
 import os
 import re
 import sqlite3
@@ -59,6 +60,8 @@ def check_tracking(tracking: str) -> None:
     """
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
+    for chatty in ("alembic", "mlflow.store.db.utils"):      # a line for each table of a new database
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if tracking.startswith(SQLITE):
         check_sqlite(Path(tracking.removeprefix(SQLITE)))
     else:

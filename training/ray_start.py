@@ -7,6 +7,7 @@ import socket
 import urllib.parse
 from pathlib import Path
 
+import grpc
 import ray
 
 from training.store import Store
@@ -70,6 +71,16 @@ def check_address(address: str) -> None:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(f"--address {address}: no Ray head answers there ({error}); is the cluster up?") from error
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return
+    with grpc.insecure_channel(f"{host}:{port}") as channel:      # Ray itself asks a silent port again for minutes
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError as error:
+            raise ClusterError(
+                f"--address {address}: something listens there, but no Ray head (no answer within {CONNECT_TIMEOUT_S:.0f} s);"
+                " wanted the head's own port, 6379 unless it was set"
+            ) from error
 
 
 def keep_token(path: Path) -> None:

@@ -277,6 +277,7 @@ class FitThread(threading.Thread):
 def make_trainer(job: StageJob, where: Where) -> TorchTrainer:
     """The Ray Train run of one stage."""
     gpu = where.device == "cuda"
+    logging.getLogger("ray.train").setLevel(logging.WARNING)      # local mode says at each stage that it is one
     return TorchTrainer(
         train_stage,
         train_loop_config={"job": job},

@@ -82,6 +82,14 @@ def open_store(path: Path | str) -> Store:
     return store
 
 
+def store_to_read(path: Path | str) -> Store:
+    """The store at `path` for a command that only reads. Raises StoreError when there is none."""
+    root = Path(path).expanduser().absolute()
+    if not root.is_dir():
+        raise StoreError(f"--store {path}: no store there; name one that `vggrow train` or `vggrow data scan` has made")
+    return Store(root)
+
+
 def read_json(path: Path) -> Any:
     """The JSON in `path`, or None when there is no such file. Raises StoreError when it is not JSON."""
     try:

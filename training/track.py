@@ -172,8 +172,6 @@ def open_tracker(
 
     tracking: checked before (see tracking_address). The parent run is found again by its schedule key.
     """
-    for chatty in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     client = MlflowClient(tracking)
     try:
         experiment = client.get_experiment_by_name(recipe_name)
