@@ -181,6 +181,11 @@ def train(
 
     opened = open_store(store)
     answering(tracking, opened.root)
+    head = address or os.environ.get("RAY_ADDRESS", "local")
+    if head != "local":
+        from training.ray_address import check_address
+
+        check_address(head)
     from rich.console import Console
 
     from deploy.line import run_line

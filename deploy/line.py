@@ -22,7 +22,7 @@ from pipelines.loader import TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
-from training.ray_start import check_address
+from training.ray_address import check_address
 from training.run import Interrupted, Listener, Where, check_where, cores, result_weights, train_schedule
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker

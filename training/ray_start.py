@@ -3,18 +3,15 @@
 import logging
 import os
 import secrets
-import socket
-import urllib.parse
 from pathlib import Path
 
-import grpc
 import ray
 
+from training.ray_address import check_address
 from training.store import Store
 from vggcore.errors import ClusterError
 
 OBJECT_STORE_BYTES = 256 * 2**20     # our batches never travel through Ray's object store
-CONNECT_TIMEOUT_S = 5.0
 
 # Measured together on 2 cores: a short run of 2 workers 36 s -> 22.5 s, a killed worker trains again after 7 s, not 16.
 QUIET_AND_QUICK = {
@@ -54,33 +51,6 @@ def start_ray(store: Store, *, address: str | None, cpus: int) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"--address {address}: Ray does not let us in: {first_line(error)}") from error
-
-
-def check_address(address: str) -> None:
-    """ClusterError within seconds when nothing listens at `address` ("host:port", "ray://host:port", or "auto")."""
-    if address == "auto":
-        return
-    parts = urllib.parse.urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if host is None or port is None:
-        raise ClusterError(f"--address {address}: wanted host:port of a Ray head, such as 10.0.0.1:6379")
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(f"--address {address}: no Ray head answers there ({error}); is the cluster up?") from error
-    if os.environ.get("RAY_USE_TLS") == "1":
-        return
-    with grpc.insecure_channel(f"{host}:{port}") as channel:      # Ray itself asks a silent port again for minutes
-        try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
-        except grpc.FutureTimeoutError as error:
-            raise ClusterError(
-                f"--address {address}: something listens there, but no Ray head (no answer within {CONNECT_TIMEOUT_S:.0f} s);"
-                " wanted the head's own port, 6379 unless it was set"
-            ) from error
 
 
 def keep_token(path: Path) -> None:
