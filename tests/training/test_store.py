@@ -19,10 +19,13 @@ def store(tmp_path) -> Store:
 
 
 def test_the_second_is_told_who_holds_the_lock(store):
-    with hold(store, "stage-x", what="stage 'A-256'"):
-        with pytest.raises(StoreError, match=rf"stage 'A-256' is held by process {os.getpid()} on .+ since 20"):
-            with hold(store, "stage-x", what="stage 'A-256'"):
-                pass
+    held = rf"stage 'A-256' is held by process {os.getpid()} on .+ since 20"
+    with (
+        hold(store, "stage-x", what="stage 'A-256'"),
+        pytest.raises(StoreError, match=held),
+        hold(store, "stage-x", what="stage 'A-256'"),
+    ):
+        pass
 
     with hold(store, "stage-x", what="stage 'A-256'") as number:
         assert number == 2

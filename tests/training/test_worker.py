@@ -125,8 +125,7 @@ def test_the_last_short_batch_is_a_mean_over_its_own_pictures(world):
 
 
 def test_a_worker_that_sees_another_store_or_other_pictures_says_so(world, tmp_path):
-    recipe, store, manifest = world
-    job = job_of(world)
+    manifest, job = world[2], job_of(world)
 
     with pytest.raises(StoreError, match="a worker does not see the store that the driver sees"):
         prove_same_world(dataclasses.replace(job, nonce="elsewhere"), manifest)
@@ -169,8 +168,7 @@ def schedule_of(recipe: Recipe, manifest, **changes) -> tuple[tuple[Stage, ...],
 
 
 def test_the_parents_layers_are_the_childs_first_weights(world, tmp_path):
-    recipe, _, manifest = world
-    store = open_store(tmp_path / "store")
+    manifest, store = world[2], open_store(tmp_path / "store")
     shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
     more = '[[stage]]\nname = "B-36"\nnet = "B"\nscale = 36\ninit_from = "A-36"\nlearning_rate = 1e-30\nmax_epochs = 1\n'
     text = RECIPE.format(root=manifest.root) + more
