@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from deploy import cli_jobs
 from vggcore.errors import VggrowError
 
 if TYPE_CHECKING:
@@ -487,6 +488,9 @@ def doctor(store: str, tracking: str | None, as_json: bool) -> None:
     else:
         click.echo(as_text(findings))
     sys.exit(exit_code(findings))
+
+
+cli_jobs.register(vggrow)
 
 
 def main() -> None:

@@ -1,0 +1,308 @@
+"""`vggrow submit` and `vggrow jobs`: a recipe as a job on a Ray cluster, and what became of it."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from deploy.jobs import Job, Jobs
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def address_option(command: Command) -> Command:
+    """--address, the head's dashboard."""
+    return click.option(
+        "--address",
+        envvar="RAY_API_SERVER_ADDRESS",
+        show_envvar=True,
+        required=True,
+        metavar="URL",
+        help="The Ray head's dashboard, http://HOST:8265. The token is RAY_AUTH_TOKEN, or in the file RAY_AUTH_TOKEN_PATH.",
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    """--json, for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def register(group: click.Group) -> None:
+    """Adds the commands to the main group."""
+    group.add_command(submit)
+    group.add_command(jobs)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@address_option
+@click.option("--follow", is_flag=True, help="Show the job's progress and end with its exit code. Ctrl-C leaves it running.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Ray Train workers.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: the head's cores / workers]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where the head has a GPU, else cpu]")
+@click.option(
+    "--store",
+    envvar="VGGROW_STORE",
+    show_envvar=True,
+    required=True,
+    metavar="DIR",
+    help="Folder that every node mounts at the same absolute path.",
+)
+@click.option(
+    "--tracking",
+    envvar="MLFLOW_TRACKING_URI",
+    show_envvar=True,
+    metavar="URI",
+    help="MLflow server, as the head reaches it.  [default: mlflow.db in the store]",
+)
+@click.option(
+    "--env",
+    "pairs",
+    multiple=True,
+    metavar="K=V",
+    help="A variable for the job; K alone takes its value from this shell. Who has the token can read it. May be repeated.",
+)
+@click.option(
+    "--python",
+    envvar="VGGROW_CLUSTER_PYTHON",
+    show_envvar=True,
+    metavar="PATH",
+    help="The cluster's interpreter, by its absolute path.  [default: this one's path]",
+)
+@click.option(
+    "--working-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Pack this folder, less its .gitignore and .rayignore, in place of the recipe and vggrow's packages.",
+)
+@click.option("--installed", is_flag=True, help="vggrow is installed on the cluster: pack the recipe alone.")
+@json_option
+def submit(
+    recipe: Path,
+    address: str,
+    follow: bool,
+    workers: int,
+    threads: int | None,
+    device: str | None,
+    store: str,
+    tracking: str | None,
+    pairs: tuple[str, ...],
+    python: str | None,
+    working_dir: Path | None,
+    installed: bool,
+    as_json: bool,
+) -> None:
+    """Run `vggrow train RECIPE` as a job on a Ray cluster, and come back at once.
+
+    Submitting again goes on where an earlier attempt ended. While one runs, no other is started: --follow then follows
+    that one.
+
+    \b
+    Examples:
+        vggrow submit pets.toml --address http://head:8265 --store /mnt/vggrow/store --workers 4 --follow
+        vggrow submit pets.toml --address http://head:8265 --store /mnt/vggrow/store --env MLFLOW_TRACKING_PASSWORD
+    """
+    if working_dir is not None and installed:
+        raise click.UsageError("--installed has no effect with --working-dir; leave one of the two out")
+    from deploy.jobs import Jobs, make_order, read_env, this_python
+    from deploy.tracking_address import resolve_tracking
+    from vggcore.recipe import load_recipe
+
+    load_recipe(recipe)
+    env = read_env(pairs)
+    tracking = resolve_tracking(tracking, Path(store)) if tracking else None
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = Jobs(address)
+        from deploy.job_package import pack
+
+        package = pack(recipe, Path(folder), working_dir=working_dir, installed=installed)
+        order = make_order(
+            recipe,
+            packed_recipe=package.recipe,
+            package=package.path,
+            store=store,
+            workers=workers,
+            threads=threads,
+            device=device,
+            tracking=tracking,
+            python=python or this_python(),
+            env=env,
+        )
+        found = cluster.submit(order)
+        size, files = package.bytes, package.files
+    job = found.job
+    if found.fresh:
+        click.echo(f"packed {files} files, {size / 2**10:,.0f} KiB", err=True)
+        if found.before is not None:
+            click.echo(f"goes on from {found.before.id} ({words_of(found.before)})", err=True)
+    else:
+        click.echo(f"{job.id} is {job.status.lower()} already, since {clock(job.started)}: nothing was submitted", err=True)
+    if not as_json:
+        click.echo(f"{'submitted' if found.fresh else 'running'} {job.id}")
+    code = 0
+    if follow:
+        job, code = follow_job(cluster, job.id, to_stderr=True)
+    elif not as_json:
+        click.echo(how_to_come_back(cluster, job.id), err=True)
+    if as_json:
+        print_json(as_dict(job) | {"fresh": found.fresh, "package_bytes": size if found.fresh else None})
+    sys.exit(code)
+
+
+@click.group()
+def jobs() -> None:
+    """The jobs of a Ray cluster: list, look, follow, stop."""
+
+
+@jobs.command("list")
+@address_option
+@json_option
+def jobs_list(address: str, as_json: bool) -> None:
+    """List the jobs that the head remembers, oldest first.
+
+    \b
+    Example:
+        vggrow jobs list --address http://head:8265
+    """
+    from deploy.jobs import Jobs
+
+    found = Jobs(address).list()
+    if as_json:
+        print_json([as_dict(job) for job in found])
+        return
+    rows = [("job", "recipe", "workers", "started", "took", "status")]
+    for job in found:
+        rows.append((job.id, job.recipe or "-", str(job.workers or "-"), clock(job.started), took(job), words_of(job)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+@jobs.command("show")
+@click.argument("job_id", metavar="JOB")
+@address_option
+@json_option
+def jobs_show(job_id: str, address: str, as_json: bool) -> None:
+    """Show one job: its command, state, exit code, store. Values of its variables are not shown.
+
+    \b
+    Example:
+        vggrow jobs show 3f0c6a52b1d94e77-1 --address http://head:8265
+    """
+    from deploy.jobs import Jobs
+
+    job = Jobs(address).get(job_id)
+    if as_json:
+        print_json(as_dict(job))
+        return
+    for name, value in (
+        ("job", job.id),
+        ("recipe", job.recipe or "-"),
+        ("status", words_of(job)),
+        ("started", clock(job.started)),
+        ("took", took(job)),
+        ("workers", str(job.workers or "-")),
+        ("store", job.store or "-"),
+        ("command", job.entrypoint.removeprefix("exec ")),
+        ("variables", ", ".join(job.env) or "-"),
+    ):
+        click.echo(f"{name:<10}{value}")
+
+
+@jobs.command("logs")
+@click.argument("job_id", metavar="JOB")
+@address_option
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job is over, and end with its exit code.")
+def jobs_logs(job_id: str, address: str, follow: bool) -> None:
+    """Print what a job has said. With -f, Ctrl-C leaves the job running.
+
+    \b
+    Example:
+        vggrow jobs logs 3f0c6a52b1d94e77-1 -f --address http://head:8265
+    """
+    from deploy.jobs import Jobs
+
+    cluster = Jobs(address)
+    if follow:
+        sys.exit(follow_job(cluster, job_id, to_stderr=False)[1])
+    click.echo(cluster.logs(job_id), nl=False)
+
+
+@jobs.command("stop")
+@click.argument("job_id", metavar="JOB")
+@address_option
+@json_option
+def jobs_stop(job_id: str, address: str, as_json: bool) -> None:
+    """Stop a job: it writes a checkpoint first (up to 30 s). Submitting its recipe again goes on from there.
+
+    \b
+    Example:
+        vggrow jobs stop 3f0c6a52b1d94e77-1 --address http://head:8265
+    """
+    from deploy.jobs import Jobs
+
+    job = Jobs(address).stop(job_id)
+    if as_json:
+        print_json(as_dict(job))
+    else:
+        click.echo(f"{job.id}: {words_of(job)}")
+
+
+def follow_job(cluster: "Jobs", job_id: str, *, to_stderr: bool) -> tuple["Job", int]:
+    """Shows the job's words until it is over: the job and its exit code. Exit 130 on Ctrl-C, and the job goes on."""
+    from deploy.jobs import outcome
+
+    try:
+        job = cluster.follow(job_id, lambda words: click.echo(words, nl=False, err=to_stderr))
+    except KeyboardInterrupt:
+        click.echo(f"\n{job_id} goes on without us\n{how_to_come_back(cluster, job_id)}", err=True)
+        sys.exit(130)
+    code = outcome(job)
+    click.echo(f"{job.id}: {words_of(job)}", err=True)
+    return job, code
+
+
+def how_to_come_back(cluster: "Jobs", job_id: str) -> str:
+    """The commands that follow and that stop a job."""
+    from deploy.cli import command_name
+
+    vggrow, where = command_name(), f"--address {cluster.address}"
+    return f"follow    {vggrow} jobs logs {job_id} -f {where}\nstop      {vggrow} jobs stop {job_id} {where}"
+
+
+def words_of(job: "Job") -> str:
+    """A job's state in words."""
+    if job.status == "FAILED" and job.exit_code is not None:
+        return f"failed (exit {job.exit_code})"
+    return job.status.lower()
+
+
+def clock(moment: float | None) -> str:
+    """Seconds since 1970 as this machine's local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment is not None else "-"
+
+
+def took(job: "Job") -> str:
+    """How long a job has run, as m:ss or h:mm:ss."""
+    if job.started is None:
+        return "-"
+    minutes, seconds = divmod(round((job.ended or time.time()) - job.started), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def as_dict(job: "Job") -> dict[str, Any]:
+    """A job for programs."""
+    return asdict(job) | {"env": list(job.env), "attempt": job.attempt}
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,103 @@
+"""The head of a Ray cluster as seen from outside: its address, whether it answers, and the token that it asks for."""
+
+import contextlib
+import logging
+import os
+import stat
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+
+from deploy.tracking_address import short_reason, shown
+from vggcore.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S, ANSWER_S = 3.0, 5.0       # together below the 10 s within which a silent head must be named
+
+
+def checked_address(address: str) -> str:
+    """The address without a slash at its end. ClusterError unless it is http(s)://HOST[:PORT]."""
+    parts = urllib.parse.urlsplit(address)
+    try:
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        good = False
+    if not good:
+        raise ClusterError(f"--address {address}: wanted http://HOST:8265, the address of the head's dashboard")
+    return address.rstrip("/")
+
+
+def check_head(address: str, headers: dict[str, str]) -> None:
+    """ClusterError unless a Ray head answers at `address` and takes our token."""
+    try:
+        answer = requests.get(f"{address}/api/version", headers=headers, timeout=(CONNECT_S, ANSWER_S))
+    except requests.RequestException as error:
+        raise silent_head(address, short_reason(error)) from error
+    if answer.status_code in (401, 403):
+        if answer.status_code == 401 and headers:
+            raise ClusterError(f"--address {shown(address)}: asks for another kind of login; is it a Ray dashboard, port 8265?")
+        raise refusal(address, answer.status_code)
+    try:
+        version = answer.json()["ray_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ClusterError(
+            f"--address {shown(address)}: answers HTTP {answer.status_code}, but is no Ray dashboard, whose port is mostly 8265"
+        ) from error
+    logger.info("%s: Ray %s", shown(address), version)
+
+
+def silent_head(address: str, reason: str) -> ClusterError:
+    """Nobody is there, or no more."""
+    return ClusterError(
+        f"--address {shown(address)}: no Ray head answers ({reason}); is the cluster up, and its dashboard reachable from here?"
+        " What was trained is in the store: submit again when it is"
+    )
+
+
+def refusal(address: str, status: int) -> ClusterError:
+    """What a 401 or a 403 of the head means, and what to do."""
+    if status == 401:
+        what = "the cluster asks for a token; set RAY_AUTH_TOKEN, or name its file by RAY_AUTH_TOKEN_PATH"
+    else:
+        names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        where = next((name for name in names if os.environ.get(name)), "~/.ray/auth_token")
+        what = f"the cluster refuses the token of {where}; ask for the one that it was started with"
+    return ClusterError(f"--address {shown(address)}: {what}")
+
+
+def auth_headers() -> dict[str, str]:
+    """The token as an HTTP header, whatever RAY_AUTH_MODE is here; none: no header."""
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    if not token:
+        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+        try:
+            token = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if named:
+                raise ClusterError(f"RAY_AUTH_TOKEN_PATH={named}: no such file; name the file that holds the token") from None
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClusterError(f"{path}: cannot be read as a token ({error})") from error
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            logger.warning("%s: others may read this token; chmod 600 it", path)
+    token = token.strip()
+    if not token.isascii() or not token.isprintable():
+        raise ClusterError("RAY_AUTH_TOKEN: holds characters that no token has; copy it again")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+@contextlib.contextmanager
+def only_address(address: str) -> Iterator[None]:
+    """While the block runs, the environment does not lead Ray's client to another head than `address` (2.60 lets it)."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_API_SERVER_ADDRESS"]
+        os.environ.update(before)
