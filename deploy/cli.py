@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from deploy import cli_jobs
+from deploy import cli_jobs, cli_models, cli_retrain
 from vggcore.errors import VggrowError
 
 if TYPE_CHECKING:
@@ -491,6 +491,8 @@ def doctor(store: str, tracking: str | None, as_json: bool) -> None:
 
 
 cli_jobs.register(vggrow)
+cli_models.register(models)
+cli_retrain.register(vggrow)
 
 
 def main() -> None:

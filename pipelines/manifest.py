@@ -4,7 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipelines.colour import SUMS, Colour
 from vggcore.digest import digest
 from vggcore.errors import StoreError
-from vggcore.recipe import SPLITS
+from vggcore.recipe import GATE, SPLITS
 from vggcore.whole_file import whole_file, write_json
 
 SCHEMA = pa.schema(
@@ -33,6 +33,8 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.int64(), nullable=False) for name in SUMS),
     ]
 )
+# What a scan writes; manifests of before the gate end with SCHEMA, and are read as they are.
+SCANNED = SCHEMA.append(pa.field("dhash", pa.uint64(), nullable=False))  # pipelines.near_duplicates
 HEADER = b"vggrow"  # the key of our own JSON in the Parquet file's metadata
 
 
@@ -42,6 +44,14 @@ class Quarantined:
 
     path: str
     reason: str
+
+
+@dataclass(frozen=True)
+class GateName:
+    """Which gate list a manifest was made with: STORE/gates/<key>/<digest>."""
+
+    key: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,12 @@ class Manifest:
     colour: Colour
     quarantine: tuple[Quarantined, ...]
     notes: tuple[str, ...]
+    gate: GateName | None = None
+    held_out: tuple[Quarantined, ...] = ()  # pictures that the gate keeps out of every split
 
     def split(self, name: str) -> Pictures:
-        """The pictures of split `name`: "train", "val" or "test"."""
-        assert name in SPLITS, name
+        """The pictures of split `name`: "train", "val", "test" or "gate" (none where there is no gate list)."""
+        assert name in (*SPLITS, GATE), name
         rows = self.table.filter(pc.equal(self.table["split"], name))
         number_of = {label: number for number, label in enumerate(self.classes)}
         return Pictures(
@@ -121,14 +133,20 @@ def duplicate_notes(paths: Sequence[str], labels: Sequence[str], splits: Sequenc
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Writes quarantine.csv, colour.json and, last, manifest.parquet to `folder`, each whole or not at all."""
+    """Writes quarantine.csv, colour.json and, last, manifest.parquet to `folder`, each whole or not at all.
+
+    Where a gate keeps pictures out, held_out.csv lists them.
+    """
     header = {
         "root": str(manifest.root),
         "classes": manifest.classes,
         "notes": manifest.notes,
         "fingerprint": manifest.fingerprint,
+        **({"gate": asdict(manifest.gate)} if manifest.gate else {}),
     }
     write_quarantine(manifest.quarantine, folder / "quarantine.csv")
+    if manifest.held_out:
+        write_quarantine(manifest.held_out, folder / "held_out.csv")
     write_json(folder / "colour.json", manifest.colour.to_json())
     with whole_file(folder / "manifest.parquet") as part:
         pq.write_table(manifest.table.replace_schema_metadata({HEADER: json.dumps(header)}), part)
@@ -148,8 +166,9 @@ def read_manifest(folder: Path) -> Manifest:
         table = pq.read_table(folder / "manifest.parquet")
         header = json.loads(table.schema.metadata[HEADER])
         colour = Colour.from_json(json.loads((folder / "colour.json").read_text(encoding="utf-8")))
-        with (folder / "quarantine.csv").open(newline="", encoding="utf-8") as file:
-            quarantine = tuple(Quarantined(path, reason) for path, reason in list(csv.reader(file))[1:])
+        quarantine = read_quarantine(folder / "quarantine.csv")
+        held_out = read_quarantine(folder / "held_out.csv") if (folder / "held_out.csv").exists() else ()
+        gate = GateName(**header["gate"]) if "gate" in header else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise StoreError(f"{folder}: no whole manifest here ({error}); run `vggrow data scan` on the recipe") from error
     return Manifest(
@@ -160,7 +179,15 @@ def read_manifest(folder: Path) -> Manifest:
         colour=colour,
         quarantine=quarantine,
         notes=tuple(header["notes"]),
+        gate=gate,
+        held_out=held_out if gate else (),
     )
+
+
+def read_quarantine(path: Path) -> tuple[Quarantined, ...]:
+    """What write_quarantine wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple(Quarantined(path, reason) for path, reason in list(csv.reader(file))[1:])
 
 
 def manifest_json(manifest: Manifest) -> dict[str, Any]:
@@ -176,6 +203,7 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
         "different_contents": int(pc.count_distinct(manifest.table["content"]).as_py()),
         "colour": manifest.colour.to_json(),
         "quarantine": [{"path": bad.path, "reason": bad.reason} for bad in manifest.quarantine],
+        **({"gate": asdict(manifest.gate) | {"held_out": len(manifest.held_out)}} if manifest.gate else {}),
         "notes": list(manifest.notes),
     }
 
@@ -184,14 +212,14 @@ def scan_summary(manifest: Manifest) -> list[str]:
     """The manifest's summary for people, a line each: counts by class and split, sizes, colours, what is amiss."""
     counts, sides = split_counts(manifest), shorter_sides(manifest)
     first = max(len("class"), *(len(label) for label in manifest.classes))
-    rows = [(label, [counts[split][label] for split in SPLITS]) for label in manifest.classes]
-    rows.append(("all", [sum(counts[split].values()) for split in SPLITS]))
+    rows = [(label, [counts[split][label] for split in counts]) for label in manifest.classes]
+    rows.append(("all", [sum(counts[split].values()) for split in counts]))
     copies = manifest.table.num_rows - int(pc.count_distinct(manifest.table["content"]).as_py())
     red_green_blue = ", ".join(f"{value:.1f}" for value in manifest.colour.mean)
     deviations = ", ".join(f"{value:.1f}" for value in manifest.colour.deviation)
     return [
         f"{manifest.table.num_rows:,} pictures in {len(manifest.classes)} classes below {str(manifest.root)!r}",
-        f"{'class':<{first}}" + "".join(f"{split:>10}" for split in SPLITS),
+        f"{'class':<{first}}" + "".join(f"{split:>10}" for split in counts),
         *(f"{label:<{first}}" + "".join(f"{number:>10,}" for number in numbers) for label, numbers in rows),
         f"shorter side: {sides.min():,} to {sides.max():,} px, median {int(np.median(sides)):,}",
         f"mean RGB of train: {red_green_blue} (0..255); deviation {deviations}",
@@ -204,9 +232,10 @@ def scan_summary(manifest: Manifest) -> list[str]:
 
 
 def split_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Pictures by split and class."""
+    """Pictures by split and class; "gate" only where there is a gate list."""
     counts = Counter(zip(manifest.table["split"].to_pylist(), manifest.table["class"].to_pylist(), strict=True))
-    return {split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS}
+    splits = (*SPLITS, GATE) if manifest.gate else SPLITS
+    return {split: {label: counts[split, label] for label in manifest.classes} for split in splits}
 
 
 def shorter_sides(manifest: Manifest) -> NDArray[np.int64]:

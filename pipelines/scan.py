@@ -20,8 +20,21 @@ from filelock import FileLock, Timeout
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.colour import SUMS, Colour, measure_colour, pixel_sums
+from pipelines.gate_list import (
+    GateList,
+    Row,
+    choose,
+    find_gate,
+    gate_key,
+    gate_notes,
+    listed_before,
+    make_gate,
+    sort_out,
+    write_gate,
+)
 from pipelines.manifest import (
-    SCHEMA,
+    SCANNED,
+    GateName,
     Manifest,
     Quarantined,
     duplicate_notes,
@@ -29,19 +42,21 @@ from pipelines.manifest import (
     write_manifest,
     write_quarantine,
 )
+from pipelines.near_duplicates import difference_hash
 from pipelines.sources import Candidate, list_pictures, printable
 from pipelines.split import (
     check_splits,
     groups_of,
     memory_file,
     read_memory,
+    reservoir,
     split_by_group,
     split_by_hash,
     split_stratified,
     write_memory,
 )
 from vggcore.errors import DatasetError, StoreError
-from vggcore.recipe import Data
+from vggcore.recipe import GATE, Data, Split
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +67,16 @@ DECODER = f"dali-{nvidia.dali.__version__}"  # facts of another version are meas
 
 @dataclass(frozen=True)
 class Facts:
-    """What the scan learns of one picture: sides in pixels, EXIF applied; bytes; blake2b-128 in hex; the nine SUMS."""
+    """What the scan learns of one picture.
+
+    Sides in pixels, EXIF applied; bytes; blake2b-128 in hex; the 64-bit difference hash; the nine SUMS.
+    """
 
     height: int
     width: int
     bytes: int
     content: str
+    dhash: int
     sums: tuple[int, ...]
 
 
@@ -78,11 +97,19 @@ class File:
     mtime_ns: int
 
 
-def scan(data: Data, store: Path, *, threads: int, progress: Callable[[int, int], None] | None = None) -> Manifest:
+def scan(
+    data: Data,
+    store: Path,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+    renew_gate: bool = False,
+) -> Manifest:
     """Scans the pictures that `data` names, writes STORE/data/<fingerprint>/ and returns the manifest.
 
     threads: how many decode side by side, one picture each. progress(done, total) is called as files are done.
     Files unchanged since an earlier scan (path, size, mtime), a killed one included, are not decoded again.
+    renew_gate: choose a new gate list instead of the one in force; asked for by `vggrow models renew-gate` alone.
     Raises DatasetError for data that cannot be trained on, or with more than max(10, max_bad * files) bad files, and
     StoreError for a store that cannot be written.
     """
@@ -102,9 +129,14 @@ def scan(data: Data, store: Path, *, threads: int, progress: Callable[[int, int]
             raise DatasetError(f"{place}: none of {len(paths):,} files can be used ({first}); put pictures there")
 
         candidates, facts = [candidate for candidate, _ in good], [its for _, its in good]
-        splits, groups, memory = share_out(data, candidates, [its.content for its in facts], store)
+        gate, left_out, memory, shares = share_out(data, listing.root, candidates, facts, store, renew_gate=renew_gate)
+        notes = gate_notes(gate, shares.rows, shares.gate, left_out) if gate else []
+        held_out = tuple(Quarantined(candidates[number].path, why) for number, why in sorted(left_out.items()))
+        stay = [number for number in range(len(candidates)) if number not in left_out]
+        candidates, facts = [candidates[number] for number in stay], [facts[number] for number in stay]
+        splits, groups = [shares.splits[number] for number in stay], [shares.rows[number].group for number in stay]
         labels, contents = [candidate.label for candidate in candidates], [its.content for its in facts]
-        notes = check_splits(place, listing.classes, labels, splits, splitting_rule(data, candidates))
+        notes += check_splits(place, listing.classes, labels, splits, splitting_rule(data, candidates))
         notes += duplicate_notes([candidate.path for candidate in candidates], labels, splits, contents)
         table = table_of(candidates, facts, splits, groups)
         manifest = Manifest(
@@ -115,10 +147,14 @@ def scan(data: Data, store: Path, *, threads: int, progress: Callable[[int, int]
             colour=colour_of_train(place, facts, splits, data.standardise),
             quarantine=tuple(quarantine),
             notes=(*listing.notes, *notes),
+            gate=GateName(gate.home.name, gate.digest) if gate else None,
+            held_out=held_out,
         )
         with written(store):
             if memory:
                 write_memory(memory_file(store, data.split), memory)
+            if gate:
+                write_gate(gate, fingerprint=manifest.fingerprint)
             write_manifest(manifest, store / "data" / manifest.fingerprint)
     logger.info("%s: scanned %d files, fingerprint %s", place, len(paths), manifest.fingerprint)
     return manifest
@@ -129,23 +165,112 @@ def splitting_rule(data: Data, candidates: Sequence[Candidate]) -> str:
     return data.split.by or ("folder" if candidates and candidates[0].split else "hash")
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Every picture's split, what was known of it, and the places of those that the gate has."""
+
+    splits: list[str]
+    rows: list[Row]
+    gate: set[int]
+
+
 def share_out(
-    data: Data, candidates: Sequence[Candidate], contents: Sequence[str], store: Path
-) -> tuple[list[str], list[str | None], dict[str, str]]:
-    """Each picture's split and group (None but for the rule "group"), and what a stratified split must remember."""
-    rule = splitting_rule(data, candidates)
-    nobody: list[str | None] = [None] * len(candidates)
-    if rule == "folder":
-        return [str(candidate.split) for candidate in candidates], nobody, {}
-    if rule == "group":
-        groups = groups_of([candidate.path for candidate in candidates], str(data.split.group))
-        return split_by_group(groups, data.split), list(groups), {}
-    if rule == "hash":
-        return split_by_hash(contents, data.split), nobody, {}
+    data: Data,
+    root: Path,
+    candidates: Sequence[Candidate],
+    facts: Sequence[Facts],
+    store: Path,
+    *,
+    renew_gate: bool = False,
+) -> tuple[GateList | None, dict[int, str], dict[str, str], Shares]:
+    """The gate list in force, the places it keeps out with the reason, what a stratified split remembers, the splits.
+
+    A list that is new is not written yet. Raises DatasetError for a gate that cannot be chosen, or renewed.
+    """
+    by = splitting_rule(data, candidates)
+    rule = data.split.model_copy(update={"by": by})
+    groups: Sequence[str | None] = [None] * len(candidates)
+    if by == "group":
+        groups = groups_of([candidate.path for candidate in candidates], str(rule.group))
+    rows = [
+        Row(candidate.path, candidate.label, its.content, its.dhash, group)
+        for candidate, its, group in zip(candidates, facts, groups, strict=True)
+    ]
     with written(store):
-        known = read_memory(memory_file(store, data.split))
-    splits = split_stratified([candidate.label for candidate in candidates], contents, data.split, known)
-    return splits, nobody, known | dict(zip(contents, splits, strict=True))
+        gate = find_gate(store, data, root, [row.content for row in rows])
+    mine, left_out = sort_out(gate, rows) if gate else (set(), {})
+    new = None
+    if gate is None or renew_gate:
+        new = choose_gate(data, rule, root, candidates, rows, store, gate, renew=renew_gate)
+    if new is not None:
+        gate = new
+        mine, left_out = sort_out(gate, rows)
+    if by == "folder":
+        splits = [str(candidate.split) for candidate in candidates]
+        late = [number for number, split in enumerate(splits) if split == GATE and number not in {*mine, *left_out}]
+        left_out |= dict.fromkeys(late, "came to gate/ after the list was made")
+        memory: dict[str, str] = {}
+    else:
+        # A new list was chosen from the splits of all pictures: what it keeps out is remembered with them.
+        stay = [number for number in range(len(rows)) if new is not None or number not in left_out]
+        some, memory = split_rows(rule, [rows[number] for number in stay], store)
+        splits = [GATE] * len(rows)
+        for number, split in zip(stay, some, strict=True):
+            splits[number] = split
+    for number in mine:
+        splits[number] = GATE
+    return gate, left_out, memory, Shares(splits, rows, mine)
+
+
+def choose_gate(
+    data: Data,
+    rule: Split,
+    root: Path,
+    candidates: Sequence[Candidate],
+    rows: Sequence[Row],
+    store: Path,
+    gate: GateList | None,
+    *,
+    renew: bool,
+) -> GateList | None:
+    """A new list where the recipe or a folder gate/ asks for one, else None; DatasetError where a renewal gives none."""
+    home = gate.home if gate else store / "gates" / gate_key(data, root)
+    if rule.by == "folder":
+        inside = {row.content: row for row, its in zip(rows, candidates, strict=True) if its.split == GATE}
+        if rule.gate and not inside:
+            raise DatasetError(
+                f"{printable(root)}: split.gate = {rule.gate} has no effect where folders are the splits; add a folder gate/"
+                ' beside train/, or set split.by = "hash" or "stratified"'
+            )
+        chosen = list(inside.values())
+    elif rule.gate:
+        with written(store):
+            before = listed_before(home) if renew else set()
+        splits, _ = split_rows(rule, rows, store)
+        chosen = choose(rows, splits, rule, before=before)
+    else:
+        chosen = []
+    if not chosen:
+        if renew:
+            raise DatasetError(f"{printable(root)}: no gate to renew; set [data] split.gate = 0.1, say, or add a folder gate/")
+        return None
+    new = make_gate(home, chosen, share=rule.gate)
+    if gate is not None and new.digest == gate.digest:
+        raise DatasetError(f"{printable(root)}: the gate list would stay as it is; put other pictures under gate/ first")
+    return new
+
+
+def split_rows(rule: Split, rows: Sequence[Row], store: Path) -> tuple[list[str], dict[str, str]]:
+    """Each picture's split by a rule other than "folder", the gate's share being test's, and what is to be remembered."""
+    contents, shares = [row.content for row in rows], reservoir(rule)
+    if rule.by == "group":
+        return split_by_group([str(row.group) for row in rows], shares), {}
+    if rule.by == "hash":
+        return split_by_hash(contents, shares), {}
+    with written(store):
+        known = read_memory(memory_file(store, rule)) or read_memory(memory_file(store, rule.model_copy(update={"gate": 0.0})))
+    splits = split_stratified([row.label for row in rows], contents, shares, known)
+    return splits, known | dict(zip(contents, splits, strict=True))
 
 
 def table_of(
@@ -161,10 +286,11 @@ def table_of(
         "bytes": [its.bytes for its in facts],
         "content": [its.content for its in facts],
         "group": list(groups),
+        "dhash": [its.dhash for its in facts],
     }
     for number, name in enumerate(SUMS):
         columns[name] = [its.sums[number] for its in facts]
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table(columns, schema=SCANNED)
 
 
 def colour_of_train(place: str, facts: Sequence[Facts], splits: Sequence[str], standardise: bool) -> Colour:
@@ -285,7 +411,7 @@ def measure(file: File, encoded: np.ndarray, pixels: np.ndarray) -> Facts | Refu
         return Refused("changed while it was scanned; scan again", lasting=False)
     height, width, _ = pixels.shape
     content = hashlib.blake2b(encoded.data, digest_size=16).hexdigest()
-    return Facts(height, width, len(encoded), content, pixel_sums(pixels))
+    return Facts(height, width, len(encoded), content, difference_hash(pixels), pixel_sums(pixels))
 
 
 def unreadable(error: OSError) -> Refused:
@@ -326,11 +452,13 @@ def open_ledger(path: Path) -> sqlite3.Connection:
     columns = ", ".join(f"{name} INTEGER" for name in ("height", "width", *SUMS))
     table = (
         "CREATE TABLE IF NOT EXISTS facts (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, decoder TEXT,"
-        f" reason TEXT, content TEXT, {columns}) WITHOUT ROWID"
+        f" reason TEXT, content TEXT, {columns}, dhash INTEGER) WITHOUT ROWID"
     )
     ledger = sqlite3.connect(path)
     try:
         ledger.execute(table)
+        if "dhash" not in {column for _, column, *_ in ledger.execute("PRAGMA table_info(facts)")}:
+            ledger.execute("ALTER TABLE facts ADD COLUMN dhash INTEGER")  # a ledger of 0.1: its pictures are decoded again
     except sqlite3.OperationalError:  # cannot be opened, is read-only, disk full: the store's trouble
         ledger.close()
         raise
@@ -346,21 +474,24 @@ def open_ledger(path: Path) -> sqlite3.Connection:
 def recall(ledger: sqlite3.Connection, file: File) -> Facts | Refused | None:
     """What an earlier scan found in this very file; None if it has changed since, or DALI has."""
     row = ledger.execute(
-        f"SELECT size, mtime_ns, decoder, reason, content, height, width, {', '.join(SUMS)} FROM facts WHERE path = ?",
+        f"SELECT size, mtime_ns, decoder, reason, content, height, width, dhash, {', '.join(SUMS)} FROM facts WHERE path = ?",
         (os.fsencode(file.path),),
     ).fetchone()
     if row is None or row[:3] != (file.size, file.mtime_ns, DECODER):
         return None
-    _, _, _, reason, content, height, width, *sums = row
-    return Facts(height, width, file.size, content, tuple(sums)) if reason is None else Refused(reason, lasting=True)
+    _, _, _, reason, content, height, width, dhash, *sums = row
+    if reason is not None:
+        return Refused(reason, lasting=True)
+    return Facts(height, width, file.size, content, dhash % 2**64, tuple(sums)) if dhash is not None else None
 
 
 def remember(ledger: sqlite3.Connection, file: File, outcome: Facts | Refused) -> None:
     """Notes an outcome that will be the same next time."""
     if isinstance(outcome, Facts):
-        values = (None, outcome.content, outcome.height, outcome.width, *outcome.sums)
+        signed = outcome.dhash - 2**64 if outcome.dhash >= 2**63 else outcome.dhash  # SQLite's integers have a sign
+        values = (None, outcome.content, outcome.height, outcome.width, *outcome.sums, signed)
     elif outcome.lasting:
-        values = (outcome.reason, None, None, None, *[None] * len(SUMS))
+        values = (outcome.reason, None, None, None, *[None] * len(SUMS), None)
     else:
         return
     row = (os.fsencode(file.path), file.size, file.mtime_ns, DECODER, *values)

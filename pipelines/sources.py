@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from pipelines.manifest import Quarantined
 from vggcore.errors import DatasetError
-from vggcore.recipe import SPLITS, Data
+from vggcore.recipe import GATE, SPLITS, Data
 
 # What DALI's decoder knows; a GIF, which it does not, is not listed, and counted among the files left out.
 EXTENSIONS = frozenset(
@@ -58,6 +58,8 @@ def list_pictures(data: Data, *, skip: Path | None = None) -> Listing:
 def list_folder(root: Path, *, by: str | None, skip: Path | None = None) -> Listing:
     """The candidates below `root`: class folders, with train/ val/ test/ above them or not; hidden names are left out.
 
+    Beside the three a folder gate/ may stand; where splits are pooled it is left out, as any other folder is.
+
     by: the split's rule; "folder" wants train/ val/ test/, None takes them where they are, others pool them.
     Raises DatasetError for a folder that is absent, no folder, empty, without classes or pictures, of one class only,
     with two spellings of one class, or without one of the three split folders.
@@ -81,7 +83,7 @@ def list_folder(root: Path, *, by: str | None, skip: Path | None = None) -> List
         pooled = by not in ("folder", None)
         if not pooled:
             check_split_folders(root, folders)
-            split_folders = list(SPLITS)
+            split_folders = [*SPLITS, *([GATE] if GATE in folders else [])]
         homes = []
         for name in split_folders:
             inner, inner_loose = entries(root / name, skip)

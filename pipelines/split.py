@@ -93,7 +93,13 @@ def whole_shares(number: int, rule: Split) -> dict[str, int]:
 
 def memory_file(store: Path, rule: Split) -> Path:
     """Where the stratified splits of these shares are remembered."""
-    return store / "data" / "splits" / f"{digest({'val': rule.val, 'test': rule.test}, hex_characters=16)}.parquet"
+    shares = {"val": rule.val, "test": rule.test, **({"gate": rule.gate} if rule.gate else {})}
+    return store / "data" / "splits" / f"{digest(shares, hex_characters=16)}.parquet"
+
+
+def reservoir(rule: Split) -> Split:
+    """The rule that pictures are shared out by where there is a gate: its share is test's, and it is chosen from test."""
+    return rule.model_copy(update={"test": rule.test + rule.gate, "gate": 0.0})
 
 
 def read_memory(path: Path) -> dict[str, str]:

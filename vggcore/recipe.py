@@ -20,6 +20,7 @@ Protocol = Literal["centre", "dense"]
 
 BEST_ON_VAL = "best on val"
 SPLITS = ("train", "val", "test")   # train learns, val alone steers, test is reported
+GATE = "gate"                        # a fourth one, where a recipe asks for it: it alone decides promotions
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -68,22 +69,28 @@ class CheckpointEvery(Frozen):
 
 
 class Split(Frozen):
-    """How pictures are shared among train, val and test.
+    """How pictures are shared among train, val, test and, where it is asked for, the gate.
 
     by: "folder" (train/ val/ test/ above the class folders), "hash" (by content digest: a pure function of the picture),
     "stratified" (exact shares in every class, remembered in the store) or "group" (whole groups, named by a regular
     expression on the path, by the hash of the group's name). Not given: "folder" where those folders exist, else "hash".
+    gate: the share from which the gate list is chosen, once for these pictures in this store; from then on the list rules,
+    whatever stands here. With by = "folder" a folder gate/ beside the others is the gate.
     """
 
     val: Share = 0.15
     test: Share = 0.15
+    gate: Annotated[Share, Field(exclude_if=lambda share: share == 0)] = 0.0   # unset it is in no dump: old digests hold
     by: SplitRule | None = None
     group: str | None = None
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if self.val + self.test >= 1:
-            raise ValueError(f"val {self.val} and test {self.test} leave nothing to train on; their sum must be below 1")
+        if self.val + self.test + self.gate >= 1:
+            shares = f"val {self.val} and test {self.test}"
+            if self.gate:
+                shares = f"val {self.val}, test {self.test} and gate {self.gate}"
+            raise ValueError(f"{shares} leave nothing to train on; their sum must be below 1")
         if self.by == "group" and self.group is None:
             raise ValueError('by = "group" needs group = "<regular expression on the path>"')
         if self.group is not None:
@@ -95,6 +102,10 @@ class Split(Frozen):
                 raise ValueError(f"group {self.group!r} is no regular expression: {error}") from error
         if self.by == "folder" and self.model_fields_set & {"val", "test"}:
             raise ValueError('val and test have no effect with by = "folder": the folders decide; remove them')
+        if self.by == "folder" and self.gate:
+            raise ValueError('gate has no effect with by = "folder": a folder gate/ beside train/ decides; remove it')
+        if self.gate and not self.test:
+            raise ValueError(f"gate {self.gate} needs test above 0: the gate is chosen from pictures that no model learnt from")
         return self
 
 

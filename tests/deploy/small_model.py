@@ -115,7 +115,7 @@ def write_stage(store: Path, *, key: str = STAGE_KEY, name: str = "A-72") -> Non
     settings = {**stage_settings(), "name": name}
     folder = store / "stages" / key
     save_weights(small_net(stage_settings()).state_dict(), folder / "checkpoints" / "iteration-7" / "model.safetensors")
-    about = {"stage": settings, "name": name, "key": key, "parent_key": None, "fingerprint": FINGERPRINT}
+    about = {"stage": settings, "name": name, "key": key, "parent": None, "fingerprint": FINGERPRINT}
     (folder / "stage.json").write_text(json.dumps({**about, "classes": CLASSES}))
     (folder / "result.json").write_text(json.dumps({"checkpoint": "iteration-7", "val_top1_accuracy": 0.8}))
     data = store / "data" / FINGERPRINT

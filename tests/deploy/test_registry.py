@@ -208,5 +208,7 @@ def test_what_is_not_in_the_registry_is_refused_with_what_there_is(shelf, asked,
 def test_a_stage_that_was_never_registered_has_no_version(shelf):
     shelf.register("a" * 16, 0.6)
 
-    assert find_version(shelf.client, "solar", "b" * 16) is None
-    assert find_version(shelf.client, "solar", "a" * 16).version in (1, "1")
+    model_id = shelf.client.get_model_version("solar", "1").tags["vggrow.model_id"]
+    assert find_version(shelf.client, "solar", "b" * 16, model_id) is None
+    assert find_version(shelf.client, "solar", "a" * 16, "m-another") is None
+    assert find_version(shelf.client, "solar", "a" * 16, model_id).version in (1, "1")

@@ -1,0 +1,163 @@
+"""The commands of retraining: retrain, history, timetable; deploy/cli.py adds them by `register(vggrow)`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vggcore.errors import DatasetError
+
+PIPELINE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def register(group: click.Group) -> None:
+    """Adds the commands to the command line."""
+    for command in (retrain, history, timetable):
+        group.add_command(command)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("pipeline", type=PIPELINE, metavar="PIPELINE.toml")
+@click.option("--dry-run", is_flag=True, help="Scan and decide only: say what a tick would do; record and train nothing.")
+@click.option("--accept", metavar="REASON", help="Train although the data got worse; the reason is recorded.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) -> None:
+    """Run one tick of a pipeline: if anything is new, train, evaluate, register, ask the gate, promote, notify.
+
+    Nothing new: says so, exit 0. A refusal by the gate is a finished tick: exit 0. Data that got worse stop the tick before
+    any training: exit 2. A tick that was killed anywhere is taken up by the same command.
+
+    \b
+    Examples:
+        vggrow retrain pipeline.toml
+        vggrow retrain pipeline.toml --dry-run
+        vggrow retrain pipeline.toml --accept "class 'scratched' is no longer made"
+    """
+    from deploy.pipeline_file import load_pipeline
+
+    loaded = load_pipeline(pipeline)
+    from deploy.notify import read_secret
+    from vggcore.recipe import load_recipe
+
+    load_recipe(loaded.recipe)                 # both answer at once; the tick itself loads torch first
+    if loaded.notify is not None:
+        read_secret(loaded.notify)
+    from deploy.retrain import retrain as run_tick
+    from deploy.retrain import tick_text
+    from deploy.ticks import stop_problem
+    from training.run import Interrupted
+
+    try:
+        tick = run_tick(loaded, dry_run=dry_run, accept=accept)
+    except Interrupted:
+        click.echo("interrupted; the same command goes on where this tick was", err=True)
+        sys.exit(130)
+    problem = stop_problem(tick)
+    if as_json:
+        print_json(tick.to_json())
+    elif problem is None:
+        click.echo("\n".join(tick_text(tick)))
+    if problem is not None:
+        raise DatasetError(f"{pipeline}: {problem}; mend the pictures, or train on them by --accept REASON")
+
+
+@click.command()
+@click.argument("pipeline", type=PIPELINE, metavar="PIPELINE.toml")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the page to this HTML file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def history(pipeline: Path, out: Path | None, as_json: bool) -> None:
+    """List the ticks of a pipeline: when, what was decided and why, which version was champion afterwards.
+
+    \b
+    Examples:
+        vggrow history pipeline.toml
+        vggrow history pipeline.toml --out history.html
+    """
+    from deploy.pipeline_file import load_pipeline
+
+    loaded = load_pipeline(pipeline)
+    from deploy.history_page import history_text, write_page
+    from deploy.ticks import Ticks
+    from training.store import Store
+
+    ticks = Ticks.of(Store(loaded.run.store), loaded.name).all()
+    if out is not None:
+        write_page(loaded, ticks, out)
+    if as_json:
+        print_json([tick.to_json() for tick in ticks])
+    else:
+        click.echo(history_text(ticks))
+        if out is not None:
+            click.echo(f"page: {out}")
+
+
+@click.group()
+def timetable() -> None:
+    """When pipelines are retrained, and the process that does it."""
+
+
+@timetable.command("run")
+@click.argument("pipelines", nargs=-1, required=True, type=PIPELINE, metavar="PIPELINE.toml...")
+def timetable_run(pipelines: tuple[Path, ...]) -> None:
+    """Start ticks of each PIPELINE at the times of its [timetable], until Ctrl-C or SIGTERM.
+
+    Each tick is a process of its own. A time that was missed is caught up once. On SIGTERM a tick that runs stops where
+    nothing is half done; the next start goes on there.
+
+    \b
+    Example:
+        vggrow timetable run solar.toml pets.toml
+    """
+    from deploy.timetable import run_timetable
+
+    run_timetable(pipelines, lambda words: click.echo(words, err=True))
+
+
+@timetable.command("next")
+@click.argument("pipelines", nargs=-1, required=True, type=PIPELINE, metavar="PIPELINE.toml...")
+@click.option("--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="Times a pipeline.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def timetable_next(pipelines: tuple[Path, ...], count: int, as_json: bool) -> None:
+    """Say when each PIPELINE is next, on the clocks of its time zone. Starts nothing.
+
+    \b
+    Example:
+        vggrow timetable next pipeline.toml --count 5
+    """
+    import datetime
+
+    from deploy.timetable import load_entries, next_text
+
+    found = [entry.to_json(count, datetime.datetime.now(datetime.UTC)) for entry in load_entries(pipelines)]
+    if as_json:
+        print_json([{"name": entry["name"], "next": entry["next"]} for entry in found])
+    else:
+        click.echo(next_text(found))
+
+
+@timetable.command("list")
+@click.argument("pipelines", nargs=-1, required=True, type=PIPELINE, metavar="PIPELINE.toml...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def timetable_list(pipelines: tuple[Path, ...], as_json: bool) -> None:
+    """List each PIPELINE with its timetable, its store, its last tick and its next time. Starts nothing.
+
+    \b
+    Example:
+        vggrow timetable list solar.toml pets.toml
+    """
+    import datetime
+
+    from deploy.timetable import list_text, load_entries
+
+    found = [entry.to_json(1, datetime.datetime.now(datetime.UTC)) for entry in load_entries(pipelines)]
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(list_text(found))
