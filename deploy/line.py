@@ -148,6 +148,10 @@ class Together(Listener):
         for listener in self.listeners:
             listener.rows(stage, key, rows)
 
+    def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
+        for listener in self.listeners:
+            listener.workers_restarted(stage, key, iteration)
+
     def stage_ends(self, stage: Stage, key: str, status: str) -> None:
         for listener in self.listeners:
             listener.stage_ends(stage, key, status)

@@ -43,9 +43,6 @@ class Progress(Listener):
 
     def rows(self, stage: Stage, key: str, rows: list[dict[str, Any]]) -> None:
         """Takes new rows; on a terminal the moving line changes, elsewhere each epoch is a line."""
-        if rows and self.iteration and rows[0]["iteration"] <= self.iteration and rows[-1]["iteration"] < self.iteration:
-            self.say(f"{stage.name}: workers were started again; training goes on from iteration {rows[-1]['iteration']}")
-            self.iteration, self.seen = 0, []
         for row in rows:
             if row["iteration"] < self.iteration or (row["iteration"] == self.iteration and "epoch" not in row):
                 continue
@@ -60,6 +57,11 @@ class Progress(Listener):
             self.seen = [*recent, (now, self.iteration)]
         if self.live is not None:
             self.live.update(Text(self.line(stage)))
+
+    def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
+        """Says so; what comes again until the iteration that was reached is passed over."""
+        self.say(f"{stage.name}: workers died and were started again; training goes on from iteration {iteration}")
+        self.seen = []
 
     def stage_ends(self, stage: Stage, key: str, status: str) -> None:
         """Leaves the stage's last line."""

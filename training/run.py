@@ -82,6 +82,9 @@ class Listener:
     def rows(self, stage: Stage, key: str, rows: list[dict[str, Any]]) -> None:
         """New rows of the stage's history; called every POLL_S, also with no rows."""
 
+    def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
+        """Workers died and were replaced; training goes on from a checkpoint."""
+
     def stage_ends(self, stage: Stage, key: str, status: str) -> None:
         """The stage is "FINISHED", "KILLED" (by a signal; it can go on) or "FAILED"."""
 
@@ -169,9 +172,15 @@ def train_one(
         raise Interrupted
     fit = FitThread(prepare(stage, key, fence, parent, manifest, where), where)
     fit.start()
-    tail = HistoryTail(folder / "history.jsonl")
+    tail, starts = HistoryTail(folder / "history.jsonl"), HistoryTail(folder / "starts.jsonl")
+    first = True
     while fit.is_alive():
         fit.join(POLL_S)
+        for start in starts.new_rows():
+            if start["fence"] == fence:
+                if not first:
+                    listener.workers_restarted(stage, key, start["iteration"])
+                first = False
         listener.rows(stage, key, tail.new_rows())
         if switch.overdue:
             ray.shutdown()
@@ -297,7 +306,7 @@ def make_trainer(job: StageJob, where: Where) -> TorchTrainer:
 
 
 class HistoryTail:
-    """Reads a growing history: each call gives the whole lines that are new.
+    """Reads a growing journal: each call gives the whole lines that are new.
 
     A history that was cut to a checkpoint is a new file, and is read from its start again: its readers pass over what
     they know, by iteration.

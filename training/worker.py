@@ -5,7 +5,9 @@ what the workers make together is the gradient of the global batch's mean loss. 
 """
 
 import hashlib
+import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -244,6 +246,7 @@ class StageTraining:
         if self.team.rank == 0:
             self.may_write()
             cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
+            self.record_start()
         try:
             while not self.finished:
                 outcome = self.train_epoch()
@@ -256,6 +259,20 @@ class StageTraining:
         finally:
             self.loader.close()
             self.test_loader.close()
+
+    def record_start(self) -> None:
+        """Adds a line to starts.jsonl: when, where and from which iteration on these workers train."""
+        row = {
+            "fence": self.job.fence,
+            "iteration": self.progress.iteration,
+            "world_size": self.team.world_size,
+            "threads": self.job.threads,
+            "device": self.job.device,
+            "host": socket.gethostname(),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     @property
     def finished(self) -> bool:

@@ -459,6 +459,8 @@ def test_a_promotion_killed_at_any_line_is_finished_by_the_same_command(shelf):
     assert kills >= 10
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_rollback_killed_at_any_line_is_finished_by_the_same_command_and_not_done_twice(shelf):
     line = 1
     while True:
@@ -483,6 +485,8 @@ def test_a_rollback_killed_at_any_line_is_finished_by_the_same_command_and_not_d
         line += 5
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_refusal_killed_on_the_way_is_counted_once(shelf):
     for line in (2, 12, 30):
         shelf.register(f"solar-{line}", SKILLED, SAYER)
@@ -509,6 +513,8 @@ def by_gate(tracking: str, store: str, _: int) -> tuple[str, str | None]:
     return outcome.action, outcome.champion_before
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_promoters_at_once_on_one_server_make_one_history(mlflow_server, tmp_path):
     shelf = build(tmp_path, mlflow_server, (SAYER, SKILLED))
     shelf.register("solar", *[SAYER] * 21)

@@ -272,6 +272,8 @@ def broken_delivery(pipeline) -> Iterator[Path]:
     away.rmdir()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_data_that_got_worse_stop_before_training_and_are_told_once(pipeline, broken_delivery):
     before = counts(pipeline)
 
@@ -290,6 +292,8 @@ def test_data_that_got_worse_stop_before_training_and_are_told_once(pipeline, br
     assert (body["outcome"], body["tick"]) == ("stopped", before[0] + 1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_history_lists_every_tick_and_its_page_stands_alone(pipeline, tmp_path):
     page = tmp_path / "history.html"
 
