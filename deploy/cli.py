@@ -4,60 +4,23 @@ Results go to stdout, progress and logs to stderr. Exit: 0 done, 2 the user can 
 Heavy imports stay inside the commands, so that --help and a typing error in a recipe answer at once.
 """
 
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from deploy import cli_jobs, cli_models, cli_retrain
+from deploy.options import json_option, print_json, store_option, tracking_option
 from vggcore.errors import VggrowError
 
 if TYPE_CHECKING:
     from training.store import Store
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-def store_option(command: Command) -> Command:
-    """--store, the folder that holds all results."""
-    return click.option(
-        "--store",
-        default="vggrow-store",
-        envvar="VGGROW_STORE",
-        show_default=True,
-        show_envvar=True,
-        metavar="DIR",
-        help="Folder that holds data, stages and results; on a cluster one that every node mounts at the same path.",
-    )(command)
-
-
-def tracking_option(command: Command) -> Command:
-    """--tracking, the MLflow store."""
-    return click.option(
-        "--tracking",
-        envvar="MLFLOW_TRACKING_URI",
-        show_envvar=True,
-        metavar="URI",
-        help="MLflow server (http://HOST:PORT) or sqlite:///FILE.  [default: mlflow.db in the store]",
-    )(command)
-
-
-def json_option(command: Command) -> Command:
-    """--json, for programs."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
-
-
-def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

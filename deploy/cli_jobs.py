@@ -1,20 +1,18 @@
 """`vggrow submit` and `vggrow jobs`: a recipe as a job on a Ray cluster, and what became of it."""
 
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from deploy.options import Command, json_option, print_json
+
 if TYPE_CHECKING:
     from deploy.jobs import Job, Jobs
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def address_option(command: Command) -> Command:
@@ -27,11 +25,6 @@ def address_option(command: Command) -> Command:
         metavar="URL",
         help="The Ray head's dashboard, http://HOST:8265. The token is RAY_AUTH_TOKEN, or in the file RAY_AUTH_TOKEN_PATH.",
     )(command)
-
-
-def json_option(command: Command) -> Command:
-    """--json, for programs."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
 
 
 def register(group: click.Group) -> None:
@@ -301,8 +294,3 @@ def took(job: "Job") -> str:
 def as_dict(job: "Job") -> dict[str, Any]:
     """A job for programs."""
     return asdict(job) | {"env": list(job.env), "attempt": job.attempt}
-
-
-def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from deploy.options import json_option, store_option, tracking_option
+
 REFUSED_EXIT = 3
 
 
@@ -229,8 +231,6 @@ def renew_gate(recipe: Path, store: str, as_json: bool) -> None:
 
 def register(group: click.Group) -> None:
     """Adds the commands, with the options that all of the registry's have."""
-    from deploy.cli import json_option, store_option, tracking_option
-
     for command in (compare, promote, rollback):
         group.add_command(json_option(tracking_option(store_option(command))))
     group.add_command(json_option(store_option(renew_gate)))

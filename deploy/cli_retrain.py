@@ -1,12 +1,11 @@
 """The commands of retraining: retrain, history, timetable; deploy/cli.py adds them by `register(vggrow)`."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
+from deploy.options import print_json
 from vggcore.errors import DatasetError
 
 PIPELINE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -16,11 +15,6 @@ def register(group: click.Group) -> None:
     """Adds the commands to the command line."""
     for command in (retrain, history, timetable):
         group.add_command(command)
-
-
-def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @click.command()
