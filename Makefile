@@ -10,7 +10,7 @@ run: $(READY)   ## the demo: a staged schedule on real pictures, from a folder o
 	$(BIN)/vggrow train training/recipes/elpv.toml --workers 2 --yardsticks
 
 test: $(READY)  ## all tests but those that take long or need more than this machine
-	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not cluster"
 
 test-cluster: $(READY)   ## the rest: kill campaigns, and three Ray nodes in network namespaces (root)
 	$(BIN)/python -m pytest -m "slow or cluster" --timeout 1800

@@ -16,19 +16,20 @@ from deploy.package import log_package, write_package
 from deploy.registry import Registered, register_candidate
 from deploy.report import write_report
 from deploy.scans import scan_data
-from deploy.tracking_address import artifact_location, check_tracking, resolve_tracking
+from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
 from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
 from pipelines.loader import TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
+from training.parents import result_weights
 from training.ray_address import check_address
-from training.run import Interrupted, Listener, Where, check_where, cores, result_weights, train_schedule
+from training.run import Interrupted, Listener, Where, check_where, cores, train_schedule
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker
 from training.worker import view_rule
 from vggcore.recipe import BEST_ON_VAL, Recipe
-from vggcore.schedule import Stage, evaluated_stages, resolve_stages, schedule_key, stage_keys
+from vggcore.schedule import Stage, evaluated_stages, parent_key, resolve_stages, schedule_key, stage_keys
 from vggcore.weights import load_weights
 from vggcore.whole_file import write_json, write_text
 
@@ -79,6 +80,7 @@ def run_line(
         require_scikit()
     uri = resolve_tracking(tracking, store.root)
     check_tracking(uri)
+    make_database(uri)
     manifest = scan_data(recipe.data, store, threads=cores())
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     key = schedule_key(recipe.name, keys)
@@ -312,7 +314,7 @@ def register(
         "recipe": recipe.name,
         "stage": stage.name,
         "stage_key": key,
-        "parent_key": keys[stage.init_from] if stage.init_from else None,
+        "parent_key": parent_key(stage, keys),
         "fingerprint": manifest.fingerprint,
         "run_id": run,
     }

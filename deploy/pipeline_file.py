@@ -5,14 +5,16 @@ import re
 import tomllib
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from deploy.tracking_address import shown
+from training.worker_count import WorkerCount, read_workers
 from vggcore.errors import RecipeError
-from vggcore.recipe import Count, Frozen, array, describe, nearest, place_name
+from vggcore.recipe import Count, Frozen, Positive, array, describe, nearest, place_name
 
 if TYPE_CHECKING:
     from deploy.gate import GateRules
@@ -63,18 +65,15 @@ class Timetable(Frozen):
 class Start(Frozen):
     """Where a retrained model's weights come from, and how old a model may become before it is trained again all the same."""
 
-    warm: Literal["champion", "scratch"] = "scratch"
-    max_age: str | None = None                # '30d': then the schedule is trained again with the next seed
+    warm: Literal["champion", "scratch"] = "scratch"   # "champion": its stage goes on from its weights; new classes: all anew
+    learning_rate: Positive | None = None     # of a warm start; not given: a tenth of the stage's own
+    max_age: str | None = None                # '30d': then it is trained again with the next seed
 
-    @field_validator("warm")
-    @classmethod
-    def warm_can_be_had(cls, warm: str) -> str:
-        if warm == "champion":
-            raise ValueError(
-                "found 'champion', which cannot be had yet: a schedule's first stage starts from random weights;"
-                ' set warm = "scratch"'
-            )
-        return warm
+    @model_validator(mode="after")
+    def learning_rate_has_an_effect(self) -> Self:
+        if self.learning_rate is not None and self.warm != "champion":
+            raise ValueError('learning_rate has no effect without warm = "champion"; remove it, or set warm')
+        return self
 
     @field_validator("max_age")
     @classmethod
@@ -107,12 +106,54 @@ class Gate(Frozen):
         return GateRules(**self.model_dump())
 
 
-class Run(Frozen):
-    """Where ticks run and where their results go; paths count from the pipeline file's own folder."""
+def worker_count(value: Any) -> Any:
+    """2 or "1:3" as training.worker_count has it."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"found {value!r}, wanted a number of workers, or a range such as '1:3'")
+    return read_workers(str(value))
 
-    workers: Count = 1
+
+class Run(Frozen):
+    """Where ticks run, with how much, and where their results go; paths count from the pipeline file's own folder."""
+
+    # Not given: this machine. "http://HEAD:8265": the whole tick is a job there. "auto", "HOST:PORT": its workers run there.
+    address: str | None = None
+    workers: Annotated[WorkerCount, BeforeValidator(worker_count)] = 1
+    threads: Count | None = None              # a worker; not given: the cores of the tick's machine / workers
+    device: Literal["cpu", "cuda"] | None = None         # not given: cuda where the tick's machine has a GPU
     store: AnyPath = Path("vggrow-store")
     tracking: str | None = None               # not given: mlflow.db in the store
+    env: Annotated[tuple[str, ...], BeforeValidator(array)] = ()     # names of this shell's variables that a job gets
+
+    @field_validator("address")
+    @classmethod
+    def address_can_be_reached(cls, address: str | None) -> str | None:
+        if address is None or address == "auto":
+            return address
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        try:
+            good = parts.scheme in ("http", "https", "ray") and parts.hostname and (parts.port or parts.scheme != "ray")
+        except ValueError:
+            good = False
+        if not good or parts.username or parts.password:
+            raise ValueError(
+                f"found {shown(address)!r}, wanted 'http://HOST:8265' (the whole tick is a job there), or 'auto' or 'HOST:6379'"
+                " (its workers run there)"
+            )
+        return address.rstrip("/")
+
+    @field_validator("env")
+    @classmethod
+    def env_has_names_alone(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not name.isidentifier():
+                raise ValueError(f"found {name.partition('=')[0]!r}, wanted names of variables; their values stay in the shell")
+        return names
+
+    @property
+    def is_job(self) -> bool:
+        """Whether a tick is handed to a cluster as a whole."""
+        return self.address is not None and self.address.startswith(("http://", "https://"))
 
 
 class Notify(Frozen):

@@ -11,7 +11,7 @@ from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
 from vggcore.nets import LayerRow, layer_table
 from vggcore.recipe import Recipe
-from vggcore.schedule import Stage, resolve_stages, stage_keys
+from vggcore.schedule import Stage, parent_key, resolve_stages, stage_keys
 
 FLOAT_BYTES = 4
 POOL_INDEX_BYTES = 8      # max pooling remembers where each maximum was, as int64
@@ -193,7 +193,8 @@ def status_of(stage: Stage, keys: dict[str, str], store: Path, earlier: Sequence
     begun = checkpoints(folder)
     if begun:
         return "begun", f"goes on from iteration {begun[-1]}"
-    if stage.init_from and not (store / "stages" / keys[stage.init_from] / "result.json").exists():
+    parent = parent_key(stage, keys)
+    if parent and not (store / "stages" / parent / "result.json").exists():
         same = changed_since(stage, earlier)
         return "to do", f"after {stage.init_from}" + (f"; {same}" if same else "")
     return "to do", changed_since(stage, earlier) or "never run"

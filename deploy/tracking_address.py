@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+from filelock import FileLock
 
 from vggcore.errors import TrackingError
 
@@ -67,6 +68,28 @@ def check_tracking(tracking: str) -> None:
     else:
         check_health(tracking)
         check_access(tracking)
+
+
+def make_database(tracking: str) -> None:
+    """Makes MLflow's sqlite file, where `tracking` names one that is absent, whole or not at all and by one process alone.
+
+    MLflow (3.17.2) makes it by dozens of migrations, outside any transaction: two commands that begin at once, or a kill in
+    the middle, leave a file that no command can open any more ("duplicate column name").
+    """
+    if not tracking.startswith(SQLITE):
+        return
+    path = Path(tracking.removeprefix(SQLITE))
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return
+        part = path.with_name(f".{path.name}.part")
+        part.unlink(missing_ok=True)
+        MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
+        part.replace(path)
 
 
 def check_sqlite(path: Path) -> None:

@@ -26,14 +26,18 @@ QUIET_AND_QUICK = {
 }
 
 
-def start_ray(store: Store, *, address: str | None, cpus: int) -> None:
+# With a range of workers: how long to wait for those of a node that has just died before going on with the others.
+ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+
+
+def start_ray(store: Store, *, address: str | None, cpus: int, elastic: bool = False) -> None:
     """Connects to the cluster at `address` (or RAY_ADDRESS), or starts Ray here with `cpus` logical CPUs; idempotent.
 
-    Raises ClusterError when the address does not answer.
+    elastic: the number of workers may change while a stage runs. Raises ClusterError when the address does not answer.
     """
     if ray.is_initialized():
         return
-    for name, value in QUIET_AND_QUICK.items():
+    for name, value in (QUIET_AND_QUICK | (ELASTIC if elastic else {})).items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None or address == "local":

@@ -27,9 +27,11 @@ import vggcore.errors
 from pipelines.manifest import Manifest
 from training.checkpoint import KEPT
 from training.history import parse_rows
+from training.parents import check_stored_parents, is_done, parent_weights
 from training.ray_start import start_ray
 from training.store import Store, hold, read_json, request_stop
 from training.worker import StageJob, train_stage
+from training.worker_count import WorkerCount, most, workers_text
 from vggcore.errors import DeviceError, RecipeError, StoreError, TrainingError
 from vggcore.nets import layer_table
 from vggcore.recipe import NetName
@@ -41,11 +43,17 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 STOP_WAIT_S = 20.0        # how long workers may take to write a checkpoint after a signal
 MAX_FAILURES = 3          # how often a stage's workers may die before we give up
+RESIZE_S = 15.0           # how often a stage with a range of workers looks whether there is room for more
 
 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def threads_for(workers: WorkerCount) -> int:
+    """CPU threads a worker where none are named: this machine's cores, shared by the most workers."""
+    return max(1, cores() // most(workers))
 
 
 class Interrupted(Exception):
@@ -57,7 +65,7 @@ class Where:
     """Where a schedule runs and with how much; nothing here changes what is trained."""
 
     store: Store
-    workers: int = 1
+    workers: WorkerCount = 1
     threads: int = 1
     address: str | None = None
     device: str = "cpu"
@@ -71,6 +79,11 @@ class Where:
     def in_this_process(self) -> bool:
         """One worker on this machine needs no Ray cluster: Ray Train's local mode runs it right here."""
         return self.workers == 1 and self.address is None and "RAY_ADDRESS" not in os.environ
+
+    @property
+    def on_a_cluster(self) -> bool:
+        """Whether workers run where nodes come and go, and not in processes of this machine."""
+        return (self.address or os.environ.get("RAY_ADDRESS", "local")) != "local"
 
 
 class Listener:
@@ -92,10 +105,16 @@ class Listener:
 def check_where(where: Where, stages: Sequence[Stage]) -> None:
     """RecipeError or DeviceError for what cannot work, before anything starts."""
     batch = min(stage.global_batch for stage in stages)
-    if where.workers > batch:
+    workers = workers_text(where.workers)
+    if most(where.workers) > batch:
         raise RecipeError(
-            f"--workers {where.workers} is more than global_batch {batch}: a worker would have no picture; use at most"
+            f"--workers {workers} is more than global_batch {batch}: a worker would have no picture; use at most"
             f" {batch} workers, or a larger batch"
+        )
+    if isinstance(where.workers, tuple) and not where.on_a_cluster:
+        raise RecipeError(
+            f"--workers {workers}: on one machine there is always room for the same number of workers; name that number, or"
+            " a cluster by --address"
         )
     if where.device == "cuda" and where.in_this_process and not torch.cuda.is_available():
         raise DeviceError("--device cuda: torch finds no GPU on this machine; use --device cpu, or see `vggrow doctor`")
@@ -107,16 +126,14 @@ def train_schedule(
     stages: Sequence[Stage], keys: dict[str, str], manifest: Manifest, where: Where, listener: Listener
 ) -> None:
     """Trains every stage that is not done, parents first. Raises VggrowError, or Interrupted after a signal."""
-    nets = {stage.name: stage.net for stage in stages}
+    check_stored_parents(stages, where.store, manifest.classes)
     with StopSwitch() as switch:
         for stage in stages:
             key = keys[stage.name]
             if is_done(where.store, key):
                 listener.stage_begins(stage, key, done=True)
                 continue
-            parent = None
-            if stage.init_from is not None:
-                parent = (nets[stage.init_from], result_weights(where.store, keys[stage.init_from]))
+            parent = parent_weights(stage, stages, keys, where.store)
             with hold(where.store, stage_lock(key), what=f"stage {stage.name!r} ({key})") as fence:
                 listener.stage_begins(stage, key, done=is_done(where.store, key))
                 if is_done(where.store, key):      # another schedule with the same stage has just finished it
@@ -137,19 +154,6 @@ def stage_lock(key: str) -> str:
     return f"stage-{key}"
 
 
-def is_done(store: Store, key: str) -> bool:
-    """Whether the stage has a result."""
-    return (store.stage(key) / "result.json").exists()
-
-
-def result_weights(store: Store, key: str) -> Path:
-    """The file of a finished stage's weights. Raises StoreError when the stage has not finished."""
-    result = read_json(store.stage(key) / "result.json")
-    if result is None:
-        raise StoreError(f"{store.stage(key)}: the stage has not finished; train it first")
-    return store.stage(key) / "checkpoints" / str(result["checkpoint"]) / "model.safetensors"
-
-
 def train_one(
     stage: Stage,
     key: str,
@@ -165,7 +169,8 @@ def train_one(
     check_space(stage, len(manifest.classes), folder)
     if not where.in_this_process:
         # Here and not in fit's thread: Ray's processes die with the thread that started them (PR_SET_PDEATHSIG).
-        start_ray(store, address=where.address, cpus=where.workers * where.threads)
+        elastic = isinstance(where.workers, tuple)
+        start_ray(store, address=where.address, cpus=most(where.workers) * where.threads, elastic=elastic)
         switch.take_signals()      # Ray puts a handler of its own on SIGTERM, which aborts the process
     switch.on_stop = lambda: request_stop(store, lock, fence)
     if switch.stopped:
@@ -293,6 +298,7 @@ def make_trainer(job: StageJob, where: Where) -> TorchTrainer:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=0 if where.in_this_process else where.workers,
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=gpu,
             resources_per_worker={"CPU": where.threads, **({"GPU": 1} if gpu else {})},
         ),

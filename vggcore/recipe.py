@@ -267,6 +267,12 @@ class Recipe(Frozen):
         return PAPER_SCHEDULE if self.schedule == "paper" else self.stage
 
 
+def stored_key(init_from: str | None) -> str | None:
+    """The key in an init_from such as "stage:3f0c6a52b1d94e77", a finished stage of the store; None for anything else."""
+    found = re.fullmatch(r"stage:([0-9a-f]{16})", init_from or "")
+    return found[1] if found else None
+
+
 def check_stages(stages: tuple[StageTable, ...], *, crop: int) -> None:
     """ValueError for two stages of one name, an absent parent, a cycle, or a scale that cannot hold the crop."""
     parents: dict[str, str | None] = {}
@@ -281,7 +287,7 @@ def check_stages(stages: tuple[StageTable, ...], *, crop: int) -> None:
                 f"stage {stage.name!r}: scale is {list(stage.scale)}, but needs {crop} <= low <= high;"
                 f" a {crop}x{crop} crop must fit in the shorter side"
             )
-        if stage.init_from is not None and stage.init_from not in parents:
+        if stage.init_from is not None and stage.init_from not in parents and stored_key(stage.init_from) is None:
             hint = nearest(stage.init_from, list(parents))
             raise ValueError(f"stage {stage.name!r}: init_from names {stage.init_from!r}, which is no stage here{hint}")
         seen = [stage.name]

@@ -1,9 +1,19 @@
 """The stages a recipe stands for, every setting resolved, and the keys they are known by for ever."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vggcore.digest import digest
-from vggcore.recipe import BEST_ON_VAL, CheckpointEvery, Frozen, Head, Initialise, NetName, Precision, Recipe
+from vggcore.recipe import (
+    BEST_ON_VAL,
+    CheckpointEvery,
+    Frozen,
+    Head,
+    Initialise,
+    NetName,
+    Precision,
+    Recipe,
+    stored_key,
+)
 
 KEY_FORMAT = 1        # rises when the meaning of a setting changes, so that old results are not taken for new ones
 
@@ -17,7 +27,7 @@ class Stage(Frozen):
     name: str
     net: NetName
     scale: tuple[int, int]        # shorter side S, drawn per view from [low, high]; (256, 256) is a fixed S
-    init_from: str | None         # an earlier stage's name; None: random weights
+    init_from: str | None         # an earlier stage's name, or "stage:<key>" of the store; None: random weights
     seed: int
     head: Head
     width: float
@@ -80,7 +90,7 @@ def resolve_stages(recipe: Recipe) -> tuple[Stage, ...]:
 
     def place(name: str) -> None:
         parent = tables[name].init_from
-        if parent is not None:
+        if parent in tables:
             place(parent)
         if name not in ordered:
             ordered.append(name)
@@ -115,9 +125,15 @@ def stage_keys(stages: Sequence[Stage], *, classes: Sequence[str], fingerprint: 
     """Each stage's key by its name; `stages` in resolve_stages' order, parents first."""
     keys: dict[str, str] = {}
     for stage in stages:
-        parent_key = keys[stage.init_from] if stage.init_from is not None else None
-        keys[stage.name] = stage.key(classes=classes, fingerprint=fingerprint, parent_key=parent_key)
+        keys[stage.name] = stage.key(classes=classes, fingerprint=fingerprint, parent_key=parent_key(stage, keys))
     return keys
+
+
+def parent_key(stage: Stage, keys: Mapping[str, str]) -> str | None:
+    """The key of the stage whose weights this one starts from, by `keys` of its own schedule; None: random weights."""
+    if stage.init_from is None:
+        return None
+    return stored_key(stage.init_from) or keys[stage.init_from]
 
 
 def schedule_key(recipe_name: str, keys: dict[str, str]) -> str:

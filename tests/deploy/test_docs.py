@@ -13,6 +13,8 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.cli import vggrow
+from deploy.pipeline_file import TABLES as TOML_TABLES
+from deploy.pipeline_file import Pipeline, load_pipeline
 from vggcore.recipe import Augment, Data, Evaluate, Net, Recipe, Register, Split, StageTable, Train, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +30,10 @@ TABLES: dict[str, type[BaseModel]] = {
     "[evaluate]": Evaluate,
     "[register]": Register,
 }
+PIPELINE_TABLES: dict[str, type[BaseModel]] = {"The top": Pipeline}
+PIPELINE_TABLES |= {f"[{name}]": model for name, model in TOML_TABLES.items()}
+KEYS = [("recipe.md", heading, model) for heading, model in TABLES.items()]
+KEYS += [("pipeline.md", heading, model) for heading, model in PIPELINE_TABLES.items()]
 
 
 def commands(group: click.Group = vggrow, words: tuple[str, ...] = ("vggrow",)) -> Iterator[tuple[str, click.Command]]:
@@ -117,11 +123,12 @@ def test_examples_in_the_documents_call_commands_and_options_that_exist():
         assert given <= long_options(COMMANDS[called]) | {"--help", "--version"}, f"{place}: {line}"
 
 
-@pytest.mark.parametrize("heading", TABLES)
-def test_the_reference_has_each_recipe_key_with_its_default_and_choices(heading):
-    model = TABLES[heading]
-    rows = {row[0].strip("`"): row for row in table_rows(sections(ROOT / "docs/reference/recipe.md")[heading])}
+@pytest.mark.parametrize(("page", "heading", "model"), KEYS)
+def test_the_reference_has_each_key_with_its_default_and_choices(page, heading, model):
+    rows = {row[0].strip("`"): row for row in table_rows(sections(ROOT / "docs/reference" / page)[heading])}
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    if model is Pipeline:                                  # its tables have sections of their own
+        fields = {name: field for name, field in fields.items() if name not in TOML_TABLES}
 
     assert list(rows) == list(fields)
     for name, field in fields.items():
@@ -134,7 +141,8 @@ def test_the_reference_has_each_recipe_key_with_its_default_and_choices(heading)
             assert default == "not given", name
         else:
             found = tomllib.loads(f"value = {default.strip('`')}")["value"]
-            assert (type(found), found) == (type(field.default), field.default), name
+            wanted = str(field.default) if isinstance(field.default, Path) else field.default
+            assert (type(found), found) == (type(wanted), wanted), name
         for choice in choices(field.annotation):
             assert f'`"{choice}"`' in kind, f"{name}: {choice} is missing"
 
@@ -146,13 +154,18 @@ def choices(annotation: Any) -> list[str]:
     return [choice for part in get_args(annotation) if not isinstance(part, str) for choice in choices(part)]
 
 
-def test_recipes_in_the_documents_are_recipes(tmp_path):
+def test_recipes_and_pipelines_in_the_documents_can_be_read(tmp_path):
     blocks = [(path, text) for path in DOCUMENTS for text in code_blocks(path, "toml")]
     whole = [(path, text) for path, text in blocks if re.match(r"name = ", text)]
+    pipelines = [(path, text) for path, text in blocks if text.startswith("# pipeline.toml\n")]
 
-    assert len(whole) >= 2
+    assert len(whole) >= 2 and pipelines
     for path, text in whole:
         parse_recipe(text, place=str(path), folder=tmp_path)
+    (tmp_path / "solar.toml").touch()
+    for _, text in pipelines:
+        (tmp_path / "pipeline.toml").write_text(text)
+        load_pipeline(tmp_path / "pipeline.toml")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

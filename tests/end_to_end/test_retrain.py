@@ -257,6 +257,43 @@ def test_a_signal_stops_a_tick_cleanly_and_a_changed_recipe_takes_its_place(pipe
 
 
 @pytest.fixture
+def warm(pipeline, tmp_path) -> Iterator[Pipeline]:
+    """The pipeline starts from its champion, and two pictures more have come."""
+    text = pipeline.file.read_text()
+    pipeline.file.write_text(text.replace("[run]", '[start]\nwarm = "champion"\n[run]'))
+    new = [
+        Path(shutil.copy(path, pipeline.photos / "train" / "cat" / f"new-{path.name}"))
+        for path in (make_photo_folder(tmp_path / "more", per_class=2, size=(48, 72), seed=9) / "cat").iterdir()
+    ]
+    yield pipeline
+    pipeline.file.write_text(text)
+    for path in new:
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_warm_tick_trains_one_stage_from_the_champion_and_has_it_for_an_ancestor(warm):
+    before, champion = counts(warm), warm.champion()
+    store = warm.folder / "store"
+    parent = warm.client.get_model_version("photos", champion).tags["vggrow.stage_key"]
+
+    done = warm.retrain()
+
+    assert done.returncode == 0, done.stderr
+    assert f"start: stage A-36 from version {champion}, the champion" in done.stdout
+    tick = warm.ticks()[-1]
+    check_one_of_each(warm, before, tick)
+    key = tick.records["register"]["stage_key"]
+    about = json.loads((store / "stages" / key / "stage.json").read_text())
+    assert (about["name"], about["parent"]["key"], about["stage"]["learning_rate"]) == ("A-36-warm", parent, 1e-4)
+    assert json.loads(warm.retrain("--json").stdout)["outcome"] == "nothing new"
+    kept = store / "schedules" / tick.records["register"]["schedule_key"] / "recipe.toml"
+    plan = vggrow("plan", kept, "--store", store, "--json")
+    assert [stage["key"] for stage in json.loads(plan.stdout)["stages"]] == [key]      # the kept recipe says it all
+
+
+@pytest.fixture
 def broken_delivery(pipeline) -> Iterator[Path]:
     """A class folder is gone, and one of its pictures stands in another class."""
     away = pipeline.folder / "away"

@@ -1,0 +1,88 @@
+"""Where a tick's training starts, the champion's weights or random ones, and the recipe that says so."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from deploy.registry import STAGE_KEY_TAG
+from training.parents import is_done
+from training.store import Store, read_json
+from vggcore.recipe import Recipe, StageTable, parse_recipe
+from vggcore.schedule import resolve_stages
+
+WARM = "-warm"            # ends the name of a stage that starts from a champion
+SLOWER = 0.1              # learning rate against the stage's own: Sec. 3.1 takes 1e-3 in place of 1e-2 on trained weights
+SAME = ("net", "head", "width", "crop", "standardise")      # what a champion and the recipe's stage must have in common
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where training starts, and why; the champion's version and stage where it is the champion."""
+
+    warm: bool
+    why: str
+    version: str | None = None
+    stage: str | None = None         # the recipe's stage that is trained on
+    stage_key: str | None = None     # the champion's
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any] | None) -> "Beginning":
+        """What a record holds; records from before there were warm starts hold nothing."""
+        return cls(**found) if found else cls(False, "warm starts were not known yet")
+
+
+def choose_beginning(
+    wanted: str, recipe: Recipe, champion: Any, store: Store, classes: Sequence[str], *, recipe_changed: bool
+) -> Beginning:
+    """From the champion where [start] warm asks for it and it can be, else the whole schedule, with the reason.
+
+    champion: MLflow's ModelVersion, or None. New classes and a changed recipe want the whole schedule.
+    """
+    if wanted != "champion":
+        return Beginning(False, '[start] warm is "scratch"')
+    if champion is None:
+        return Beginning(False, "there is no champion to start from")
+    if recipe_changed:
+        return Beginning(False, "the recipe changed since the last training")
+    name, key = f"version {champion.version}", champion.tags.get(STAGE_KEY_TAG)
+    about = read_json(store.stage(key) / "stage.json") if key else None
+    if about is None or not is_done(store, key):
+        return Beginning(False, f"{name}, the champion, was not trained in this store")
+    if about["classes"] != list(classes):
+        return Beginning(False, f"the classes are no longer those of {name}, the champion")
+    stage_name = str(about["name"]).removesuffix(WARM)
+    stage = next((stage for stage in resolve_stages(recipe) if stage.name == stage_name), None)
+    if stage is None:
+        return Beginning(False, f"the recipe has no stage {stage_name!r}, which {name}, the champion, comes from")
+    settings = stage.model_dump(mode="json")
+    for field in SAME:
+        if about["stage"][field] != settings[field]:
+            return Beginning(False, f"{field} is {settings[field]!r}, but {about['stage'][field]!r} in {name}, the champion")
+    return Beginning(True, f"from {name}, the champion", str(champion.version), stage_name, key)
+
+
+def warm_recipe(
+    recipe: Recipe, beginning: Beginning, *, learning_rate: float | None, seed: int, place: Path
+) -> tuple[Recipe, str]:
+    """The recipe of one stage that goes on from the champion's weights, and its text: all that is needed to run it again.
+
+    learning_rate: None: a tenth of the stage's own.
+    """
+    own = next(stage for stage in resolve_stages(recipe) if stage.name == beginning.stage)
+    table = next(table for table in recipe.stages if table.name == beginning.stage)
+    warm = StageTable(
+        **table.model_dump(exclude={"name", "init_from", "learning_rate"}),
+        name=f"{table.name}{WARM}",
+        init_from=f"stage:{beginning.stage_key}",
+        learning_rate=learning_rate or float(f"{SLOWER * own.learning_rate:.6g}"),
+    )
+    tables = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    tables.pop("schedule", None)
+    for name, key in (("evaluate", "stages"), ("register", "stage")):      # there is one stage: it is meant
+        tables.get(name, {}).pop(key, None)
+    tables |= {"seed": seed, "stage": [warm.model_dump(mode="json", exclude_none=True)]}
+    text = f"# {place.name}, warm: stage {table.name} {beginning.why}\n{tomli_w.dumps(tables)}"
+    return parse_recipe(text, place=str(place), folder=place.parent), text

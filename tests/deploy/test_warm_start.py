@@ -1,0 +1,126 @@
+"""A warm start: the champion's stage goes on from its weights where it can; where it can't, the whole schedule, and why."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deploy.warm_start import Beginning, choose_beginning, warm_recipe
+from training.store import Store
+from vggcore.recipe import parse_recipe
+from vggcore.schedule import resolve_stages, stage_keys
+
+RECIPE = """
+name = "pets"   # whose?
+seed = 4
+[data]
+root = "pictures"
+split = {val = 0.2, test = 0.2, gate = 0.1, by = "hash"}
+[net]
+crop = 64
+[augment]
+flip = false
+[evaluate]
+stages = ["A-72", "D-72"]
+protocol = "centre"
+[register]
+stage = "best on val"
+floor = 0.5
+[[stage]]
+name = "A-72"
+net = "A"
+scale = 72
+[[stage]]
+name = "D-72"
+net = "D"
+scale = [72, 96]
+init_from = "A-72"
+max_epochs = 9
+"""
+KEY = "0123456789abcdef"
+CLASSES = ("cat", "dog")
+
+
+def parsed(text: str = RECIPE):
+    return parse_recipe(text, place="pets.toml", folder=Path("/somewhere"))
+
+
+def champion(key: str | None = KEY):
+    """What choose_beginning asks of MLflow's ModelVersion; the registry's own is in tests/end_to_end."""
+    return SimpleNamespace(version=3, tags={"vggrow.stage_key": key} if key else {})
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    """A store in which the champion's stage, D-72, has finished."""
+    found = Store(tmp_path)
+    folder = found.stage(KEY)
+    folder.mkdir(parents=True)
+    stage = resolve_stages(parsed())[1].model_dump(mode="json")
+    (folder / "stage.json").write_text(json.dumps({"name": "D-72", "classes": list(CLASSES), "stage": stage}))
+    (folder / "result.json").write_text("{}")
+    return found
+
+
+def chosen(store, *, wanted="champion", recipe=None, by=None, classes=CLASSES, changed=False) -> Beginning:
+    return choose_beginning(wanted, recipe or parsed(), by or champion(), store, classes, recipe_changed=changed)
+
+
+def test_the_champions_stage_goes_on_from_its_weights(store):
+    found = chosen(store)
+
+    assert found == Beginning(True, "from version 3, the champion", "3", "D-72", KEY)
+
+
+def test_what_cannot_start_warm_trains_the_whole_schedule_and_says_why(store):
+    wider = parsed(RECIPE.replace("crop = 64", "crop = 64\nwidth = 0.5"))
+    renamed = parsed(RECIPE.replace('"D-72"', '"D-80"'))
+
+    reasons = [
+        chosen(store, wanted="scratch").why,
+        choose_beginning("champion", parsed(), None, store, CLASSES, recipe_changed=False).why,
+        chosen(store, changed=True).why,
+        chosen(store, by=champion(key=None)).why,
+        chosen(store, by=champion(key="f" * 16)).why,
+        chosen(store, classes=("cat", "dog", "fox")).why,
+        chosen(store, classes=("dog", "cat")).why,
+        chosen(store, recipe=renamed).why,
+        chosen(store, recipe=wider).why,
+    ]
+
+    assert reasons == [
+        '[start] warm is "scratch"',
+        "there is no champion to start from",
+        "the recipe changed since the last training",
+        "version 3, the champion, was not trained in this store",
+        "version 3, the champion, was not trained in this store",
+        "the classes are no longer those of version 3, the champion",
+        "the classes are no longer those of version 3, the champion",
+        "the recipe has no stage 'D-72', which version 3, the champion, comes from",
+        "width is 0.5, but 1.0 in version 3, the champion",
+    ]
+
+
+def test_a_warm_recipe_is_one_stage_of_the_recipe_with_another_beginning(store):
+    recipe, text = warm_recipe(parsed(), chosen(store), learning_rate=None, seed=5, place=Path("/somewhere/pets.toml"))
+
+    (stage,) = resolve_stages(recipe)
+    plain = resolve_stages(parsed())[1]
+    changes = {"name": "D-72-warm", "init_from": f"stage:{KEY}", "learning_rate": 1e-3, "seed": 5}
+    assert stage == plain.model_copy(update=changes)
+    assert recipe.data == parsed().data and recipe.register_.floor == 0.5 and recipe.evaluate.protocol == "centre"
+    assert parse_recipe(text, place="again", folder=Path("/elsewhere")) == recipe
+    (key,) = stage_keys([stage], classes=CLASSES, fingerprint="0" * 32).values()
+    other = warm_recipe(parsed(), replace(chosen(store), stage_key="f" * 16), learning_rate=None, seed=5, place=Path("p"))
+    assert stage_keys(resolve_stages(other[0]), classes=CLASSES, fingerprint="0" * 32).values() != {key}
+
+
+def test_a_champion_that_was_itself_warm_is_gone_on_from(store):
+    about = store.stage(KEY) / "stage.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "name": "D-72-warm"}))
+
+    recipe, _ = warm_recipe(parsed(), chosen(store), learning_rate=2e-4, seed=4, place=Path("/somewhere/pets.toml"))
+
+    assert [(stage.name, stage.learning_rate) for stage in resolve_stages(recipe)] == [("D-72-warm", 2e-4)]
