@@ -2,12 +2,20 @@
 
     checkpoints/iteration-<n>/model.safetensors   weights
     checkpoints/iteration-<n>/optimizer.pt        the optimiser's state (momentum), tensors only
-    checkpoints/iteration-<n>/progress.json       where the stage stands: see Progress
+    checkpoints/iteration-<n>/progress.json       where the stage stands (see Progress), and the digests of the two files
+
+The newest two stay, and that of the epoch with the best val top-1. A checkpoint whose files are not what was written is
+set aside as checkpoints/broken-iteration-<n>, and the one before is used.
 """
 
+import hashlib
+import logging
 import os
 import re
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +28,10 @@ from vggcore.errors import StoreError
 from vggcore.weights import load_weights, save_weights
 from vggcore.whole_file import sync_folder, write_json
 
+logger = logging.getLogger(__name__)
+
 KEPT = 2   # the newest checkpoints that stay
+WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Progress:
     world_size: int            # for the record: what wrote this
     threads: int
     val_top1: float = -1.0     # of the last whole epoch; -1 before the first
+    best_iteration: int = -1   # where the epoch with the best val top-1 so far ended; -1 before the first
 
     @classmethod
     def start(cls, plateau: Plateau, *, world_size: int, threads: int) -> "Progress":
@@ -47,23 +59,42 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A whole checkpoint on disk; files: the digests of its two files as they were written."""
 
     folder: Path
     progress: Progress
+    files: dict[str, str]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Parameters by name, on the CPU."""
-        return load_weights(self.folder / "model.safetensors")
+        return load_weights(self.folder / WEIGHTS)
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state_dict, on the CPU. Raises StoreError when the file is broken."""
-        path = self.folder / "optimizer.pt"
+        path = self.folder / OPTIMIZER
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:   # a broken zip, a short read, a pickle that is refused: torch has no one error for it
             raise StoreError(f"{path}: cannot be read ({error}); remove its folder, the checkpoint before is used") from error
         return state
+
+    def problem(self) -> str | None:
+        """What of it is not as it was written, in words; None: it is whole."""
+        for name, wanted in self.files.items():
+            path = self.folder / name
+            try:
+                found = file_digest(path)
+            except OSError as error:
+                return f"{path}: cannot be read ({error.strerror})"
+            if found != wanted:
+                return f"{path}: is not what was written (digest {found}, written {wanted})"
+        return None
+
+
+def file_digest(path: Path) -> str:
+    """blake2b-128 of a file, 32 hex characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def checkpoint_folder(stage_folder: Path, iteration: int) -> Path:
@@ -83,51 +114,168 @@ def iterations_on_disk(stage_folder: Path) -> list[int]:
 def read_checkpoint(stage_folder: Path, iteration: int) -> Checkpoint:
     """The checkpoint after `iteration` updates. Raises StoreError when it is absent or its record is broken."""
     folder = checkpoint_folder(stage_folder, iteration)
-    found = read_json(folder / "progress.json")
+    found = read_json(folder / PROGRESS)
     if found is None:
         raise StoreError(f"{folder}: no checkpoint there; start the same command again")
-    return Checkpoint(folder, Progress(**{**found, "plateau": Plateau(**found["plateau"])}))
+    files = found.pop("files", {})      # records from before there were digests have none
+    try:
+        return Checkpoint(folder, Progress(**{**found, "plateau": Plateau(**found["plateau"])}), files)
+    except (TypeError, KeyError) as error:
+        raise StoreError(f"{folder / PROGRESS}: no record of a checkpoint ({error}); remove its folder") from error
 
 
-def newest_checkpoint(stage_folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None before the first."""
-    iterations = iterations_on_disk(stage_folder)
-    return read_checkpoint(stage_folder, iterations[-1]) if iterations else None
+def newest_checkpoint(stage_folder: Path, passed_over: list[str] | None = None) -> Checkpoint | None:
+    """The newest checkpoint whose files are what was written, or None before the first.
+
+    Broken ones are set aside, and what was found is appended to `passed_over`. Raises StoreError when all are broken: to
+    start the stage over is the user's word.
+    """
+    problems: list[str] = []
+    for iteration in reversed(iterations_on_disk(stage_folder)):
+        try:
+            found = read_checkpoint(stage_folder, iteration)
+            problem = found.problem()
+        except StoreError as error:
+            problem = str(error)
+        if problem is None:
+            if passed_over is not None:
+                passed_over += problems
+            return found
+        logger.warning("checkpoint passed over: %s", problem)
+        problems.append(problem)
+    if problems:
+        raise StoreError(
+            f"{problems[0]}; and no checkpoint before it is whole: bring one back from a copy of the store, or remove"
+            f" {stage_folder} to train the stage from its start"
+        )
+    return None
+
+
+def set_aside(stage_folder: Path, above: int) -> None:
+    """Renames the checkpoints above an iteration, which were found broken, so that they count for nothing any more."""
+    for iteration in iterations_on_disk(stage_folder):
+        if iteration > above:
+            folder = checkpoint_folder(stage_folder, iteration)
+            broken = folder.with_name(f"broken-{folder.name}")
+            shutil.rmtree(broken, ignore_errors=True)
+            folder.rename(broken)
 
 
 def write_checkpoint(
-    stage_folder: Path, progress: Progress, *, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]
+    stage_folder: Path,
+    progress: Progress,
+    *,
+    weights: dict[str, torch.Tensor],
+    optimizer_state: dict[str, Any],
+    may_write: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes a checkpoint whole and drops all but the newest KEPT; returns its folder.
+    """Writes a checkpoint whole and drops what need not stay; returns its folder.
 
     Files go to a temporary folder, are made durable, and the folder is renamed: a crash at any line leaves the
     checkpoints that were there. One of the same iteration (stopped between an epoch's last update and its validation)
-    is replaced.
+    is replaced. may_write is asked last, see fence_holds. Raises StoreError when the disk takes no more: the checkpoints
+    that were there stay.
     """
     folder = checkpoint_folder(stage_folder, progress.iteration)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_weights(weights, part / "model.safetensors")
-    torch.save(optimizer_state, part / "optimizer.pt")
-    with (part / "optimizer.pt").open("rb") as written:
-        os.fsync(written.fileno())
-    write_json(part / "progress.json", asdict(progress))
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old)
-    else:
-        part.rename(folder)
-    sync_folder(folder.parent)
-    drop_old(stage_folder)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_weights(weights, part / WEIGHTS)
+        torch.save(optimizer_state, part / OPTIMIZER)
+        with (part / OPTIMIZER).open("rb") as written:
+            os.fsync(written.fileno())
+        files = {name: file_digest(part / name) for name in (WEIGHTS, OPTIMIZER)}
+        write_json(part / PROGRESS, {**asdict(progress), "files": files})
+        may_write()
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+        sync_folder(folder.parent)
+    except (OSError, StoreError, RuntimeError) as error:      # torch.save's own for a full disk is a RuntimeError
+        shutil.rmtree(part, ignore_errors=True)
+        left = iterations_on_disk(stage_folder)
+        stands = f"that of iteration {left[-1]} stands" if left else "there is none yet"
+        raise StoreError(
+            f"{folder}: a checkpoint cannot be written ({first_line(error)}), {stands}; make room, or make the store writable,"
+            " and start the same command again"
+        ) from error
+    drop_old(stage_folder, progress.best_iteration)
     return folder
 
 
-def drop_old(stage_folder: Path) -> None:
-    """Removes all but the newest KEPT checkpoints, and what a killed writer left half-written."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, 200 characters at most."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def drop_old(stage_folder: Path, best_iteration: int) -> None:
+    """Removes all but the newest KEPT checkpoints and the best epoch's, and what a killed writer left half-written."""
     for iteration in iterations_on_disk(stage_folder)[:-KEPT]:
-        shutil.rmtree(checkpoint_folder(stage_folder, iteration))
+        if iteration != best_iteration:
+            shutil.rmtree(checkpoint_folder(stage_folder, iteration))
     for leftover in (stage_folder / "checkpoints").glob(".iteration-*"):
         shutil.rmtree(leftover)
+
+
+class CheckpointWriter:
+    """Writes a stage's checkpoints behind its back, one at a time: training waits for a copy in memory, not for the disk."""
+
+    def __init__(self, stage_folder: Path, may_write: Callable[[], None]) -> None:
+        """may_write: asked before a checkpoint appears; raises when this process has lost the right to write."""
+        self.stage_folder, self.may_write = stage_folder, may_write
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.waited_s = 0.0              # how long training has waited, in all
+
+    def write(self, progress: Progress, *, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
+        """Copies the tensors and begins to write; the one before is waited for. Raises what that one came to."""
+        began = time.monotonic()
+        self.join()
+        copies = on_cpu(weights), on_cpu(optimizer_state)
+        self.thread = threading.Thread(target=self.run, args=(progress, *copies), name="checkpoint", daemon=True)
+        self.thread.start()
+        self.waited_s += time.monotonic() - began
+
+    def run(self, progress: Progress, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
+        """The thread's work; an error is kept for whoever asks next."""
+        try:
+            write_checkpoint(
+                self.stage_folder, progress, weights=weights, optimizer_state=optimizer_state, may_write=self.may_write
+            )
+        except BaseException as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Returns when all is on disk. Raises what writing came to: StoreError, or what may_write raised."""
+        began = time.monotonic()
+        self.join()
+        self.waited_s += time.monotonic() - began
+
+    def join(self) -> None:
+        """Waits for the thread."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raises what the last writing came to, once, if it has ended badly; waits for nothing."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of tensors in nested dicts and lists, on the CPU, in their own memory format."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(one) for one in value]
+    return value

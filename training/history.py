@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vggcore.errors import StoreError
 from vggcore.whole_file import write_text
 
 FLUSH_EVERY_S = 0.5
@@ -33,11 +34,17 @@ class HistoryWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all rows that wait."""
+        """Writes all rows that wait. Raises StoreError when the disk takes no more."""
         if self.waiting:
             self.may_write()
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self.waiting))
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(self.waiting))
+            except OSError as error:
+                raise StoreError(
+                    f"{self.path}: cannot be written ({error.strerror}); make room, or make the store writable, and start the"
+                    " same command again"
+                ) from error
         self.waiting.clear()
         self.flushed_at = time.monotonic()
 

@@ -244,7 +244,7 @@ def check_space(stage: Stage, classes: int, folder: Path) -> None:
     checkpoint = 8 * sum(row.parameters for row in rows)      # weights and momentum, float32
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    wanted = (KEPT + 1) * checkpoint
+    wanted = (KEPT + 2) * checkpoint          # the newest, the best, and one that is being written
     if free < wanted:
         raise StoreError(
             f"{folder}: {free / 2**30:.1f} GiB free, but stage {stage.name!r} needs {wanted / 2**30:.1f} GiB for its"

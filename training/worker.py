@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.loader import Batch, TestLoader, TrainLoader
 from pipelines.manifest import Manifest, read_manifest
-from pipelines.plan import ViewRule, batches_per_epoch, share
-from training.checkpoint import Checkpoint, Progress, newest_checkpoint, read_checkpoint, write_checkpoint
+from pipelines.plan import ViewRule, batches_per_epoch, permutation, share
+from training.checkpoint import Checkpoint, CheckpointWriter, Progress, newest_checkpoint, read_checkpoint, set_aside
 from training.history import HistoryWriter, cut_history
 from training.optimise import Plateau, make_optimizer, set_learning_rate
 from training.store import Store, fence_holds, stop_requested
@@ -40,6 +40,7 @@ from vggcore.whole_file import write_json
 
 logger = logging.getLogger(__name__)
 
+MOST_NAMED = 3                     # pictures that a message names
 VAL_BATCH = 64                     # pictures a forward pass on val
 VAL_CACHE_BYTES = 512 * 2**20      # val views stay in memory below this, in each worker
 
@@ -110,7 +111,8 @@ def train_stage(config: dict[str, Any]) -> None:
     problem = team.any_problem(problem)
     try:
         if problem is None:
-            problem = StageTraining(job, manifest, team).run()
+            training = StageTraining(job, manifest, team)
+            problem = training.problem or training.run()
     except Superseded:
         logger.warning("stage %s: another command has taken over; this worker stops", job.stage.name)
         return
@@ -172,6 +174,9 @@ class StageTraining:
             crop=stage.crop,
             dropout=stage.dropout,
         )
+        self.trouble: VggrowError | None = None    # what writing has come to, on rank 0
+        self.passed_over: list[str] = []           # broken checkpoints that rank 0 found newer than the one it starts from
+        self.problem: VggrowError | None = None    # what keeps this stage from going on, the same in every worker
         checkpoint = self.agreed_checkpoint()
         if checkpoint is None:
             first_weights(self.net, job)
@@ -202,10 +207,17 @@ class StageTraining:
         )
         self.val_views: list[tuple[Tensor, Tensor]] | None = None
         self.history = HistoryWriter(self.folder / "history.jsonl", self.may_write)
+        self.writer = CheckpointWriter(self.folder, self.may_write)
 
     def agreed_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint as rank 0 sees it, so that all workers start from one."""
-        newest = newest_checkpoint(self.folder) if self.team.rank == 0 else None
+        """The newest whole checkpoint as rank 0 sees it, so that all workers start from one; None also for a problem."""
+        newest, problem = None, None
+        if self.team.rank == 0:
+            try:
+                newest = newest_checkpoint(self.folder, self.passed_over)
+            except StoreError as error:
+                problem = error
+        self.problem = self.team.any_problem(problem)
         (iteration,) = self.team.total(float(newest.progress.iteration if newest else -1) if self.team.rank == 0 else 0.0)
         return None if iteration < 0 else read_checkpoint(self.folder, int(iteration))
 
@@ -245,17 +257,19 @@ class StageTraining:
         """Trains until the rule ends the stage, a stop is asked for, or a problem appears, which is returned."""
         if self.team.rank == 0:
             self.may_write()
+            set_aside(self.folder, above=self.progress.iteration)
             cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
             self.record_start()
         try:
             while not self.finished:
                 outcome = self.train_epoch()
-                if isinstance(outcome, VggrowError) or outcome == "stopped":
-                    self.checkpoint()
-                    return outcome if isinstance(outcome, VggrowError) else None
+                if isinstance(outcome, VggrowError):
+                    self.settle()
+                    return outcome
+                if outcome == "stopped":
+                    return self.settle()
                 self.end_epoch()
-            self.write_result()
-            return None
+            return self.settle() or self.write_result()
         finally:
             self.loader.close()
             self.test_loader.close()
@@ -269,6 +283,7 @@ class StageTraining:
             "threads": self.job.threads,
             "device": self.job.device,
             "host": socket.gethostname(),
+            "passed_over": self.passed_over,
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
@@ -290,6 +305,7 @@ class StageTraining:
         written_iteration = progress.iteration
         for index in range(progress.batch, batches):
             batch, problem = next_batch(coming)
+            problem = problem or self.writing_problem()
             loss_sum = self.add_gradient(batch)
             stop = self.team.rank == 0 and stop_requested(self.store, self.job.lock, self.job.fence)
             total_loss, stops, problems = self.team.total(loss_sum, float(stop), float(problem is not None))
@@ -297,10 +313,7 @@ class StageTraining:
                 return self.team.any_problem(problem) or TrainingError("a worker failed without a word")
             iteration = self.progress.iteration + 1
             if not np.isfinite(total_loss):
-                return TrainingError(
-                    f"stage {self.stage.name!r}: the loss at iteration {iteration} (epoch {progress.epoch + 1}) is"
-                    f" {total_loss}; lower [train] learning_rate, now {progress.plateau.learning_rate:g}"
-                )
+                return self.team.any_problem(self.no_number(batch, iteration, total_loss)) or TrainingError("no number")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.progress = replace(
@@ -312,7 +325,7 @@ class StageTraining:
             )
             if self.team.rank == 0:
                 size = min(self.stage.global_batch, len(self.train.paths) - index * self.stage.global_batch)
-                self.history.add({"iteration": iteration, "train_loss": total_loss / size})
+                self.record({"iteration": iteration, "train_loss": total_loss / size})
             if stops:
                 return "stopped"
             every = self.stage.checkpoint_every
@@ -325,6 +338,31 @@ class StageTraining:
                 self.checkpoint()
                 written_at, written_iteration = time.monotonic(), iteration
         return "done"
+
+    def no_number(self, batch: Batch | None, iteration: int, total_loss: float) -> TrainingError:
+        """What to say of a loss that is not a number: the iteration, and the pictures of this worker that have such a loss.
+
+        The update that it would make is not made: the weights are those of the iteration before.
+        """
+        names: list[str] = []
+        if batch is not None and len(batch.labels):
+            with torch.inference_mode(), self.autocast():
+                self.net.set_draws(self.stage.seed, iteration - 1, batch.rows)
+                losses = cross_entropy(self.net(self.laid_out(batch.images)).float(), batch.labels, reduction="none")
+            bad = (~losses.isfinite()).nonzero().flatten().tolist()
+            order = permutation(view_rule(self.stage), self.progress.epoch, len(self.train.paths))
+            first = batch.index * self.stage.global_batch
+            names = [str(self.train.paths[order[first + int(batch.rows[row])]]) for row in bad]
+        which = f" for {len(names)} pictures, {', '.join(map(repr, names[:MOST_NAMED]))}" if names else ""
+        return TrainingError(
+            f"stage {self.stage.name!r}: the loss at iteration {iteration} (epoch {self.progress.epoch + 1}) is"
+            f" {total_loss}{which}; the weights of iteration {iteration - 1} are kept: lower [train] learning_rate, now"
+            f" {self.progress.plateau.learning_rate:g}, or look at these pictures"
+        )
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
 
     def add_gradient(self, batch: Batch | None) -> float:
         """Adds this worker's part of the gradient of the global batch's mean loss; returns its sum of losses.
@@ -358,7 +396,7 @@ class StageTraining:
     def losses(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """The sum of the pictures' cross-entropy losses, a float32 scalar."""
         self.net.set_draws(self.stage.seed, self.progress.iteration, rows)
-        with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+        with self.autocast():
             logits = self.model(self.laid_out(images))
         return cross_entropy(logits.float(), labels, reduction="sum")
 
@@ -376,18 +414,21 @@ class StageTraining:
             "val_top1_accuracy": val_top1,
             "learning_rate": progress.plateau.learning_rate,
             "seconds": round(seconds, 3),
+            "checkpoint_seconds": round(self.writer.waited_s, 3),
         }
+        plateau = progress.plateau.after(progress.epoch, val_top1)
         self.progress = replace(
             progress,
             epoch=progress.epoch + 1,
             batch=0,
             loss_sum=0.0,
             seconds=seconds,
-            plateau=progress.plateau.after(progress.epoch, val_top1),
+            plateau=plateau,
             val_top1=val_top1,
+            best_iteration=progress.iteration if plateau.best_epoch == progress.epoch else progress.best_iteration,
         )
         if self.team.rank == 0:
-            self.history.add(row)
+            self.record(row)
         self.checkpoint()
 
     @torch.inference_mode()
@@ -396,7 +437,7 @@ class StageTraining:
         self.net.eval()
         correct, loss_sum = 0, 0.0
         for images, labels in self.views_of_val():
-            with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+            with self.autocast():
                 logits = self.net(self.laid_out(images)).float()
             correct += int((logits.argmax(1) == labels).sum())
             loss_sum += float(cross_entropy(logits, labels, reduction="sum"))
@@ -420,25 +461,55 @@ class StageTraining:
         if small:
             self.val_views = seen
 
-    def checkpoint(self) -> None:
-        """Rank 0 writes where the stage stands; the others go on."""
-        if self.team.rank != 0:
-            return
-        self.history.flush()
-        self.may_write()
-        weights = {name: tensor.detach() for name, tensor in self.net.state_dict().items()}
-        write_checkpoint(self.folder, self.progress, weights=weights, optimizer_state=self.optimizer.state_dict())
+    def record(self, row: dict[str, Any]) -> None:
+        """Adds a row to the history; a disk that takes no more is a problem that all workers hear of at the next iteration."""
+        try:
+            self.history.add(row)
+        except StoreError as error:
+            self.trouble = self.trouble or error
 
-    def write_result(self) -> None:
-        """Rank 0 writes result.json, last of all: from now on the stage is done."""
+    def checkpoint(self) -> None:
+        """Rank 0 begins to write where the stage stands; all go on meanwhile."""
         if self.team.rank != 0:
             return
+        try:
+            self.history.flush()
+            self.may_write()
+            self.writer.write(
+                self.progress, weights=self.net.state_dict(), optimizer_state=self.optimizer.state_dict()
+            )
+        except StoreError as error:
+            self.trouble = self.trouble or error
+
+    def writing_problem(self) -> VggrowError | None:
+        """What writing history or checkpoints has come to, so far."""
+        try:
+            self.writer.raise_error()
+        except StoreError as error:
+            self.trouble = self.trouble or error
+        return self.trouble
+
+    def settle(self) -> VggrowError | None:
+        """A checkpoint of where the stage stands, on disk when this returns; or rank 0's problem with it."""
+        if self.trouble is None:
+            self.checkpoint()
+        try:
+            self.writer.wait()
+        except StoreError as error:
+            self.trouble = self.trouble or error
+        return self.trouble
+
+    def write_result(self) -> VggrowError | None:
+        """Rank 0 writes result.json, last of all: from now on the stage is done. Gives the problem, if there is one."""
+        if self.team.rank != 0:
+            return None
         self.may_write()
         progress = self.progress
         write_json(
             self.folder / "result.json",
             {
                 "checkpoint": f"iteration-{progress.iteration}",
+                "best_checkpoint": f"iteration-{progress.best_iteration}",
                 "epochs": progress.epoch,
                 "iterations": progress.iteration,
                 "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
@@ -450,6 +521,7 @@ class StageTraining:
                 "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
             },
         )
+        return None
 
 
 def next_batch(coming: Iterator[Batch]) -> tuple[Batch | None, VggrowError | None]:

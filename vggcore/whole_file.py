@@ -1,11 +1,16 @@
 """Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from vggcore.errors import StoreError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextmanager
@@ -13,17 +18,26 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` to write to; renames it to `path` when the block ends without an error.
 
     A crash at any line leaves either the old file or the new one, never a part. The folder is made if absent.
+    Raises StoreError where the disk is full or takes no writes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}); make room, or make the folder writable, and start the same command"
+            " again"
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from training.checkpoint import (
+    CheckpointWriter,
     Progress,
     checkpoint_folder,
     iterations_on_disk,
     newest_checkpoint,
     read_checkpoint,
+    set_aside,
     write_checkpoint,
 )
 from training.optimise import Plateau
@@ -68,12 +71,96 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes_with_the_next(tmp_p
     assert not leftover.exists()
 
 
-def test_a_broken_optimizer_file_says_what_to_do(tmp_path):
+def test_the_best_epochs_checkpoint_stays_beside_the_newest_two(tmp_path):
+    for iteration in (4, 8, 12, 16):
+        write(tmp_path, iteration, best_iteration=4 if iteration < 16 else 16)
+        if iteration == 12:
+            assert iterations_on_disk(tmp_path) == [4, 8, 12]
+
+    assert iterations_on_disk(tmp_path) == [12, 16]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize("how", ["cut short", "a bit flipped", "gone"])
+def test_a_broken_checkpoint_is_passed_over_said_and_set_aside(tmp_path, name, how, caplog):
+    write(tmp_path, 4)
+    write(tmp_path, 8)
+    path = checkpoint_folder(tmp_path, 8) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1 if name != "progress.json" else 0x80        # no UTF-8 any more
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(bytes(content) if how == "a bit flipped" else bytes(content[: len(content) // 2]))
+    said: list[str] = []
+
+    found = newest_checkpoint(tmp_path, said)
+    set_aside(tmp_path, above=found.progress.iteration)
+
+    assert found.progress.iteration == 4
+    assert len(said) == 1 and "iteration-8" in said[0] and said[0] in caplog.text
+    assert iterations_on_disk(tmp_path) == [4]
+    write(tmp_path, 8)
+    assert newest_checkpoint(tmp_path).progress.iteration == 8
+
+
+def test_when_no_checkpoint_is_whole_the_stage_is_not_started_over_in_silence(tmp_path):
     write(tmp_path, 4)
     (checkpoint_folder(tmp_path, 4) / "optimizer.pt").write_bytes(b"PK\x03\x04 cut short")
 
-    with pytest.raises(StoreError, match=r"optimizer.pt: cannot be read .* remove its folder"):
-        newest_checkpoint(tmp_path).optimizer_state()
+    with pytest.raises(StoreError, match=r"optimizer.pt: is not what was written .* bring one back .* or remove"):
+        newest_checkpoint(tmp_path)
+
+
+def test_training_waits_for_a_copy_and_not_for_the_disk(tmp_path):
+    weights = {"a": torch.zeros(2**20)}
+    state = {"state": {0: {"momentum_buffer": torch.zeros(2**20)}}, "param_groups": []}
+    let_go = threading.Event()
+    writer = CheckpointWriter(tmp_path, may_write=lambda: let_go.wait() and None)
+
+    writer.write(replace(START, iteration=1), weights=weights, optimizer_state=state)
+    weights["a"] += 1                                  # training goes on
+    state["state"][0]["momentum_buffer"] += 1
+    before = iterations_on_disk(tmp_path)
+    let_go.set()
+    writer.wait()
+
+    assert before == [] and iterations_on_disk(tmp_path) == [1]
+    found = newest_checkpoint(tmp_path)
+    assert not found.weights()["a"].any() and not found.optimizer_state()["state"][0]["momentum_buffer"].any()
+
+
+def test_a_writer_that_has_lost_the_stage_writes_nothing_and_says_so_at_the_next(tmp_path):
+    class Lost(Exception):
+        pass
+
+    def may_write():
+        raise Lost
+
+    writer = CheckpointWriter(tmp_path, may_write)
+    writer.write(replace(START, iteration=1), weights={"a": torch.ones(1)}, optimizer_state={})
+
+    with pytest.raises(Lost):
+        writer.wait()
+    assert iterations_on_disk(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem: root alone may")
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_stands(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    try:
+        weights = {"a": torch.ones(2**18)}             # 1 MiB; with its momentum 2 MiB a checkpoint
+        state = {"state": {0: {"momentum_buffer": torch.ones(2**18)}}, "param_groups": []}
+        write_checkpoint(disk, replace(START, iteration=1), weights=weights, optimizer_state=state)
+
+        with pytest.raises(StoreError, match=r"iteration-2: a checkpoint cannot be written .*, that of iteration 1 stands"):
+            write_checkpoint(disk, replace(START, iteration=2), weights=weights, optimizer_state=state)
+
+        assert newest_checkpoint(disk).progress.iteration == 1
+        assert [path.name for path in (disk / "checkpoints").iterdir()] == ["iteration-1"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_an_absent_checkpoint_says_so(tmp_path):
