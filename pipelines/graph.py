@@ -30,6 +30,11 @@ WHOLE_COLUMNS = {
     "picture": (types.INT64, 0),
     "size": (types.FLOAT, 1),  # (2,) height, width at shorter side Q, whole numbers
 }
+# From the decoded cache: the window's pixels in place of path, start and end; sizes as they were scanned.
+CACHED = {"pixels": (types.UINT8, 3), "picture": (types.INT64, 0), "scanned": (types.INT32, 1)}
+CACHED_VIEW_COLUMNS = CACHED | {name: VIEW_COLUMNS[name] for name in ("roi_start", "roi_end", "mirror", "mean")}
+CACHED_CENTRE_COLUMNS = CACHED | {name: VIEW_COLUMNS[name] for name in ("roi_start", "roi_end", "mean")}
+CACHED_WHOLE_COLUMNS = CACHED | {"size": WHOLE_COLUMNS["size"]}
 
 
 def columns(source: Source, wanted: dict[str, tuple[types.DALIDataType, int]]) -> Any:
@@ -41,7 +46,18 @@ def columns(source: Source, wanted: dict[str, tuple[types.DALIDataType, int]]) -
         batch_info=True,
         dtype=[dtype for dtype, _ in wanted.values()],
         ndim=[dimensions for _, dimensions in wanted.values()],
+        layout=["HWC" if name == "pixels" else "" for name in wanted],
     )
+
+
+def in_colour(pixels: Any, channels: int) -> Any:
+    """Pixels as RGB; a grey cache has one channel, which stands for all three from here on."""
+    return fn.cat(pixels, pixels, pixels, axis_name="C") if channels == 1 else pixels
+
+
+def on(device: Device, pixels: Any) -> Any:
+    """Cached pixels where the rest of the graph works."""
+    return pixels.gpu() if device == "gpu" else pixels
 
 
 def upright_sizes(encoded: Any) -> Any:
@@ -68,13 +84,32 @@ dali_graph = cast(Callable[[Callable[..., Any]], Callable[..., Any]], pipeline_d
 
 
 @dali_graph
-def train_graph(source: Source, device: Device, crop: int, deviation: Deviation) -> Any:
+def decode_graph(source: Source, device: Device) -> Any:
+    """Whole files as they are, (bytes,), and their pixels, (H, W, 3) uint8 RGB upright; source: yields paths, (bytes,)."""
+    del device
+    paths = fn.external_source(source=source, batch=True, batch_info=True, dtype=types.UINT8, ndim=1)
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    return encoded, fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+
+@dali_graph
+def train_graph(source: Source, device: Device, crop: int, deviation: Deviation, cached: int = 0) -> Any:
     """One training view a picture (Sec. 3.1): a window of the rescaled picture, perhaps mirrored, colours shifted.
 
     source: yields VIEW_COLUMNS a batch, as plan.py says of each view; the graph itself draws nothing.
+    cached: channels of the decoded cache that the windows come from, CACHED_VIEW_COLUMNS then; 0: none, files.
     Returns images (N, 3, crop, crop) float32, RGB, 0..255 less the mean; pictures (N,) int64, as they came;
     sizes (N, 2) int32, the files' upright height and width now.
     """
+    if cached:
+        pixels, pictures, sizes, roi_start, roi_end, mirror, mean = columns(source, CACHED_VIEW_COLUMNS)
+        small = fn.resize(
+            on(device, pixels), size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False
+        )
+        images = fn.crop_mirror_normalize(
+            in_colour(small, cached), mirror=mirror, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
+        )
+        return images, pictures, sizes
     paths, pictures, start, end, roi_start, roi_end, mirror, mean = columns(source, VIEW_COLUMNS)
     encoded = fn.io.file.read(paths, dont_use_mmap=True)  # mmap: a file truncated meanwhile kills the process
     sizes = upright_sizes(encoded)
@@ -92,13 +127,22 @@ def train_graph(source: Source, device: Device, crop: int, deviation: Deviation)
 
 
 @dali_graph
-def centre_graph(source: Source, device: Device, crop: int, deviation: Deviation) -> Any:
+def centre_graph(source: Source, device: Device, crop: int, deviation: Deviation, cached: int = 0) -> Any:
     """The centre crop of a picture rescaled to shorter side Q; no flip, no colour shift.
 
-    source: yields CENTRE_COLUMNS a batch.
+    source: yields CENTRE_COLUMNS a batch; cached: as in train_graph, with CACHED_CENTRE_COLUMNS.
     Returns images (N, 3, crop, crop) float32, RGB, 0..255 less the mean; pictures (N,) int64, as they came;
     sizes (N, 2) int32, the files' upright height and width now.
     """
+    if cached:
+        pixels, pictures, sizes, roi_start, roi_end, mean = columns(source, CACHED_CENTRE_COLUMNS)
+        small = fn.resize(
+            on(device, pixels), size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False
+        )
+        images = fn.crop_mirror_normalize(
+            in_colour(small, cached), mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
+        )
+        return images, pictures, sizes
     paths, pictures, start, end, roi_start, roi_end, mean = columns(source, CENTRE_COLUMNS)
     encoded = fn.io.file.read(paths, dont_use_mmap=True)
     sizes = upright_sizes(encoded)
@@ -114,13 +158,21 @@ def centre_graph(source: Source, device: Device, crop: int, deviation: Deviation
 
 
 @dali_graph
-def whole_graph(source: Source, device: Device, mean: Sequence[float], deviation: Deviation) -> Any:
+def whole_graph(source: Source, device: Device, mean: Sequence[float], deviation: Deviation, cached: int = 0) -> Any:
     """The whole picture at shorter side Q, for the dense protocol (Sec. 3.2).
 
-    source: yields WHOLE_COLUMNS a batch; all pictures of a batch have one size.
+    source: yields WHOLE_COLUMNS a batch; all pictures of a batch have one size. cached: as in train_graph, with
+    CACHED_WHOLE_COLUMNS.
     Returns images (N, 3, h, w) float32, RGB, 0..255 less the mean; pictures (N,) int64, as they came;
     sizes (N, 2) int32, the files' upright height and width now.
     """
+    if cached:
+        pixels, pictures, sizes, size = columns(source, CACHED_WHOLE_COLUMNS)
+        rescaled = in_colour(fn.resize(on(device, pixels), size=size, antialias=True, subpixel_scale=False), cached)
+        images = fn.crop_mirror_normalize(
+            rescaled, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
+        )
+        return images, pictures, sizes
     paths, pictures, size = columns(source, WHOLE_COLUMNS)
     encoded = fn.io.file.read(paths, dont_use_mmap=True)
     sizes = upright_sizes(encoded)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from pipelines import graph
+from pipelines.cache import DecodedCache
 from pipelines.colour import Colour
 from pipelines.manifest import Pictures
 from pipelines.plan import (
@@ -70,10 +71,12 @@ class TrainLoader:
         world_size: int,
         device: str,
         threads: int,
+        cache: DecodedCache | None = None,
     ) -> None:
         self.pictures = pictures
         self.colour = colour
         self.rule = rule
+        self.cache = Cached(cache, pictures) if cache is not None else None
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
@@ -87,6 +90,7 @@ class TrainLoader:
                 threads=threads,
                 crop=rule.crop,
                 deviation=deviation(colour, standardise),
+                cached=cache.channels if cache is not None else 0,
             ),
             pictures,
         )
@@ -114,8 +118,8 @@ class TrainLoader:
 
         def view_columns(places: Integers) -> Columns:
             number = int(places[0]) // span  # a batch lies in one span
-            columns = columns_of(self.pictures, rows_of_span(number)[places - number * span], self.colour.mean)
-            return tuple(columns[name] for name in graph.VIEW_COLUMNS)
+            columns = columns_of(self.pictures, rows_of_span(number)[places - number * span], self.colour.mean, self.cache)
+            return tuple(columns[name] for name in (graph.CACHED_VIEW_COLUMNS if self.cache else graph.VIEW_COLUMNS))
 
         made = self.feed.batches(positions, view_columns)
         for index, size, start, stop in plans:
@@ -145,9 +149,19 @@ class TestLoader:
 
     __test__ = False  # for pytest: not a class of tests
 
-    def __init__(self, pictures: Pictures, colour: Colour, *, standardise: bool, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        colour: Colour,
+        *,
+        standardise: bool,
+        device: str,
+        threads: int,
+        cache: DecodedCache | None = None,
+    ) -> None:
         self.pictures = pictures
         self.colour = colour
+        self.cache = Cached(cache, pictures) if cache is not None else None
         self.deviation = deviation(colour, standardise)
         self.device = torch.device(device)
         self.threads = threads
@@ -163,8 +177,8 @@ class TestLoader:
 
         def centre_columns(indices: Integers) -> Columns:
             rows = centre_views(self.pictures, indices, test_scale, crop)
-            columns = columns_of(self.pictures, rows, self.colour.mean)
-            return tuple(columns[name] for name in graph.CENTRE_COLUMNS)
+            columns = columns_of(self.pictures, rows, self.colour.mean, self.cache)
+            return tuple(columns[name] for name in (graph.CACHED_CENTRE_COLUMNS if self.cache else graph.CENTRE_COLUMNS))
 
         indices = np.arange(len(self.pictures.paths))[start:stop]
         return self.read(self.feed(crop, batch), chunks(indices, batch), centre_columns)
@@ -183,6 +197,8 @@ class TestLoader:
         def whole_columns(indices: Integers) -> Columns:
             rows = full_views(self.pictures, indices, test_scale)
             size = np.stack([rows.scaled_h, rows.scaled_w], axis=1).astype(np.float32)
+            if self.cache is not None:
+                return self.cache.whole(indices), indices, self.cache.sizes(indices), size
             return file_names(self.pictures, indices), indices, size
 
         planned = [chunk for group in groups for chunk in chunks(group, batch)]
@@ -198,6 +214,7 @@ class TestLoader:
         """The feed for centre crops (or whole pictures: crop 0) in batches of `batch`, built when first asked for."""
         if (crop, batch) not in self.feeds:
             settings: dict[str, Any] = {"batch": batch, "threads": self.threads, "deviation": self.deviation}
+            settings["cached"] = self.cache.channels if self.cache is not None else 0
             if crop:
                 chosen, settings["crop"] = graph.centre_graph, crop
             else:
@@ -308,14 +325,38 @@ class Feed:
         self.planned, self.pipeline, self.held = (), None, None
 
 
-def columns_of(pictures: Pictures, rows: Views, mean: NDArray[np.float64]) -> dict[str, Any]:
-    """Views as graph.VIEW_COLUMNS; the colour shift is folded into the mean that is subtracted."""
+class Cached:
+    """The decoded cache as one set of pictures sees it."""
+
+    def __init__(self, cache: DecodedCache, pictures: Pictures) -> None:
+        """Raises KeyError for a picture that the cache has not got: it is another state of the data."""
+        self.cache, self.rows, self.channels = cache, cache.rows(pictures), cache.channels
+
+    def sizes(self, indices: Integers) -> NDArray[np.int32]:
+        """(n, 2) upright height and width."""
+        rows = self.rows[indices]
+        return np.stack([self.cache.heights[rows], self.cache.widths[rows]], axis=1).astype(np.int32)
+
+    def whole(self, indices: Integers) -> list[NDArray[np.uint8]]:
+        """Pictures as they are."""
+        return [self.cache.picture(int(row)) for row in self.rows[indices]]
+
+    def windows(
+        self, indices: Integers, start: NDArray[np.int32], end: NDArray[np.int32]
+    ) -> list[NDArray[np.uint8]]:
+        """Their windows [start, end)."""
+        return self.cache.windows(self.rows[indices], start, end)
+
+
+def columns_of(pictures: Pictures, rows: Views, mean: NDArray[np.float64], cache: Cached | None) -> dict[str, Any]:
+    """Views as the graphs' columns; the colour shift is folded into the mean that is subtracted."""
     where = window(rows, pictures.heights[rows.picture], pictures.widths[rows.picture])
-    return {
-        "path": file_names(pictures, rows.picture),
+    if cache is not None:
+        read = {"pixels": cache.windows(rows.picture, where.start, where.end), "scanned": cache.sizes(rows.picture)}
+    else:
+        read = {"path": file_names(pictures, rows.picture), "start": where.start, "end": where.end}
+    return read | {
         "picture": rows.picture,
-        "start": where.start,
-        "end": where.end,
         "roi_start": where.roi_start,
         "roi_end": where.roi_end,
         "mirror": rows.mirror,
