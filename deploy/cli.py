@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from vggcore.errors import VggrowError
 if TYPE_CHECKING:
     from training.store import Store
 
+WATCH_S = 2.0
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -427,6 +429,38 @@ def report(what: str | None, out: Path | None, store: str) -> None:
     else:
         key = what
     click.echo(str(write_report(Path(store).absolute(), key, out)))
+
+
+@vggrow.command()
+@click.argument("what", required=False, metavar="[STORE]", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
+@store_option
+@json_option
+def status(what: Path | None, watch: bool, store: str, as_json: bool) -> None:
+    """Say what the schedules of STORE are doing now: stages, epochs, loss, speed, who trains them. From any terminal.
+
+    Reads the store's files; a run on another machine is seen as well, where the store is shared.
+
+    \b
+    Examples:
+        vggrow status
+        vggrow status /mnt/vggrow/store --watch
+    """
+    from deploy.status import status_json, status_text, store_status
+    from training.store import store_to_read
+
+    opened = store_to_read(what or store)
+    while True:
+        found = store_status(opened)
+        if watch:
+            click.clear()
+        if as_json:
+            print_json(status_json(found))
+        else:
+            click.echo(status_text(found))
+        if not watch:
+            return
+        time.sleep(WATCH_S)
 
 
 @vggrow.command()

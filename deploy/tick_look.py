@@ -77,9 +77,9 @@ def beginning(
 ) -> Beginning:
     """Where training would start; about the pictures and recipe of the last training as it did, so that nothing runs twice."""
     last = facts_of(reference) if reference is not None else None
-    if reference is not None and last is not None and not too_old:
-        if (last.fingerprint, last.recipe) == (now.fingerprint, now.recipe):
-            return Beginning.from_json(reference.records["decide"].get("start"))
+    same = last is not None and (last.fingerprint, last.recipe) == (now.fingerprint, now.recipe)
+    if reference is not None and same and not too_old:
+        return Beginning.from_json(reference.records["decide"].get("start"))
     return choose_beginning(
         work.pipeline.start.warm,
         work.recipe,

@@ -21,6 +21,7 @@ from vggcore.errors import StoreError
 from vggcore.whole_file import write_json, write_text
 
 DEFAULT_STORE = "vggrow-store"
+LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def hold(store: Store, name: str, *, what: str) -> Iterator[int]:
     """
     lock = FileLock(store.locks / f"{name}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOOK_S)      # `vggrow status` takes a lock for an instant, to see whether it is held
     except Timeout:
         raise StoreError(f"{what} is held by {holder(store, name)}; wait until it has finished, or stop it") from None
     try:
