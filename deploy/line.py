@@ -18,11 +18,12 @@ from deploy.report import write_report
 from deploy.scans import scan_data
 from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
 from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
+from pipelines.cache import DecodedCache, make_cache
 from pipelines.loader import TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
-from training.parents import result_weights
+from training.parents import is_done, result_weights
 from training.ray_address import check_address
 from training.run import Interrupted, Listener, Where, check_where, cores, train_schedule
 from training.store import Store, hold, read_json
@@ -98,8 +99,12 @@ def run_line(
         with truthful_end(tracker):
             listener = Together(hear(manifest, stages), tracker)
             tracker.batches = {keys[stage.name]: batches(stage, manifest) for stage in stages}
+            cache = None
+            if where.cache_gib and not all(is_done(store, key) for key in keys.values()):
+                budget = int(where.cache_gib * 2**30)
+                cache = make_cache(manifest, store.root, budget_bytes=budget, threads=cores(), say=say)
             train_schedule(stages, keys, manifest, where, listener)
-            evaluations = evaluate_all(recipe, stages, keys, manifest, where, tracker, say)
+            evaluations = evaluate_all(recipe, stages, keys, manifest, where, tracker, say, cache)
             chosen = registered_stage(recipe, stages, keys, store)
             registered = register(recipe, chosen, keys, manifest, evaluations[chosen.name], tracker, uri, store)
             if with_yardsticks:
@@ -232,6 +237,7 @@ def evaluate_all(
     where: Where,
     tracker: Tracker,
     say: Callable[[str], None],
+    cache: DecodedCache | None,
 ) -> dict[str, Evaluation]:
     """Evaluates on test what the recipe asks for and what may be registered; figures and pictures go to the stages' runs."""
     store = where.store
@@ -257,6 +263,7 @@ def evaluate_all(
             scales=recipe.evaluate.scales,
             device=where.device_here,
             threads=cores(),
+            cache=cache,
         )
         found[stage.name] = evaluation
         names = ("top1_accuracy", "top5_accuracy", "balanced_accuracy", "auc", "loss")

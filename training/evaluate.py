@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.cache import DecodedCache
 from pipelines.colour import Colour
 from pipelines.loader import TestLoader
 from pipelines.manifest import Manifest, Pictures
@@ -54,10 +55,12 @@ def evaluate_stage(
     split: str = "test",
     device: str = "cpu",
     threads: int = 1,
+    cache: DecodedCache | None = None,
 ) -> Evaluation:
     """Evaluates a stage's weights, or reads what was found before: the same question is never computed twice.
 
     scales: test scales Q; None: one, at S or the middle of the range, for "centre", and those of Sec. 4.2 for "dense".
+    cache: of the manifest's pictures, where there is one.
     """
     scales = tuple(scales) if scales is not None else default_scales(stage, protocol)
     question = {"protocol": protocol, "scales": list(scales), "split": split, "fingerprint": manifest.fingerprint}
@@ -77,6 +80,7 @@ def evaluate_stage(
         scales=scales,
         device=device,
         threads=threads,
+        cache=cache,
     )
     facts = {
         "stage": stage.name,
@@ -111,12 +115,13 @@ def evaluate_weights(
     scales: Sequence[int],
     device: str,
     threads: int,
+    cache: DecodedCache | None = None,
 ) -> NDArray[np.float32]:
     """(pictures, classes) posteriors of a stage's net with these weights; colour: of what the net was trained on."""
     torch.set_num_threads(threads)
     net = build_net(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=0.0)
     net.load_state_dict(weights)
-    loader = TestLoader(pictures, colour, standardise=stage.standardise, device=device, threads=threads)
+    loader = TestLoader(pictures, colour, standardise=stage.standardise, device=device, threads=threads, cache=cache)
     try:
         return split_posteriors(net.to(device).eval(), loader, stage.crop, protocol, scales, len(pictures))
     finally:

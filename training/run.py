@@ -69,6 +69,7 @@ class Where:
     threads: int = 1
     address: str | None = None
     device: str = "cpu"
+    cache_gib: float = 2.0       # what decoded pictures may take in the store; 0: none are kept
 
     @property
     def device_here(self) -> str:
@@ -235,6 +236,7 @@ def prepare(
         nonce=nonce,
         device=where.device,
         threads=where.threads,
+        cached=where.cache_gib > 0,
     )
 
 

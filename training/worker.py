@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.cache import cache_folder, open_cache
 from pipelines.loader import Batch, TestLoader, TrainLoader
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import ViewRule, batches_per_epoch, permutation, share
@@ -59,6 +60,7 @@ class StageJob:
     nonce: str                         # what every worker must read in the store
     device: str                        # "cpu" or "cuda"
     threads: int                       # CPU threads a worker, for torch and for DALI each
+    cached: bool = True                # read the decoded cache where the store has it
 
 
 class Superseded(Exception):
@@ -192,6 +194,7 @@ class StageTraining:
             self.progress = replace(checkpoint.progress, world_size=team.world_size, threads=job.threads)
         self.model = self.parallel_model()
         device = str(team.device)
+        cache = open_cache(cache_folder(job.store, job.fingerprint)) if job.cached else None
         self.loader = TrainLoader(
             self.train,
             manifest.colour,
@@ -201,9 +204,10 @@ class StageTraining:
             world_size=team.world_size,
             device=device,
             threads=job.threads,
+            cache=cache,
         )
         self.test_loader = TestLoader(
-            self.val, manifest.colour, standardise=stage.standardise, device=device, threads=job.threads
+            self.val, manifest.colour, standardise=stage.standardise, device=device, threads=job.threads, cache=cache
         )
         self.val_views: list[tuple[Tensor, Tensor]] | None = None
         self.history = HistoryWriter(self.folder / "history.jsonl", self.may_write)
