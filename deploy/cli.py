@@ -431,6 +431,55 @@ def report(what: str | None, out: Path | None, store: str) -> None:
     click.echo(str(write_report(Path(store).absolute(), key, out)))
 
 
+@vggrow.group()
+def bench() -> None:
+    """Measure this machine and this code, side by side with the alternative."""
+
+
+@bench.command("train")
+@click.argument("recipe", type=RECIPE)
+@click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads, of torch and of each loader.  [default: all cores]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each figure in each turn.")
+@click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="The median of so many counts.")
+@store_option
+@json_option
+def bench_train(
+    recipe: Path, name: str | None, threads: int | None, device: str, seconds: float, turns: int, store: str, as_json: bool
+) -> None:
+    """Measure a stage of RECIPE: matrix multiplication, bare training, a plain PyTorch loop, and our whole stage.
+
+    The four are measured in turns in one process. Trains nothing that is kept.
+
+    \b
+    Example:
+        vggrow bench train training/recipes/elpv.toml --stage A-72
+    """
+    from deploy.scans import scan_data
+    from training.bench import measure, speeds_text
+    from training.run import Where, check_where, cores
+    from training.store import open_store
+    from vggcore.errors import RecipeError
+    from vggcore.recipe import load_recipe, nearest
+    from vggcore.schedule import resolve_stages
+
+    loaded, opened = load_recipe(recipe), open_store(store)
+    stages = {stage.name: stage for stage in resolve_stages(loaded)}
+    if name is not None and name not in stages:
+        raise RecipeError(f"--stage {name}: no such stage in {recipe}{nearest(name, list(stages))}")
+    stage = stages[name] if name is not None else next(iter(stages.values()))
+    check_where(Where(store=opened, device=device), [stage])
+    manifest = scan_data(loaded.data, opened, threads=cores())
+    found = measure(
+        stage, manifest, opened, threads=threads or cores(), device=device, seconds=seconds, turns=turns
+    )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        click.echo(speeds_text(found))
+
+
 @vggrow.command()
 @click.argument("what", required=False, metavar="[STORE]", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")

@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,6 +300,16 @@ class StageTraining:
 
     def train_epoch(self) -> VggrowError | str:
         """The rest of the current epoch: "done", "stopped" by request, or the problem that ended it."""
+        steps = self.steps()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                outcome: VggrowError | str = end.value
+                return outcome
+
+    def steps(self) -> Generator[int, None, VggrowError | str]:
+        """The rest of the current epoch, an iteration a step: yields pictures trained, returns what train_epoch gives."""
         progress = self.progress
         batches = batches_per_epoch(len(self.train.paths), self.stage.global_batch)
         set_learning_rate(self.optimizer, progress.plateau.learning_rate)
@@ -332,6 +342,7 @@ class StageTraining:
                 self.record({"iteration": iteration, "train_loss": total_loss / size})
             if stops:
                 return "stopped"
+            yield batch.size if batch is not None else 0
             every = self.stage.checkpoint_every
             due = (
                 iteration - written_iteration >= every.iterations

@@ -1,0 +1,319 @@
+"""`vggrow bench train`: how near a stage comes to what the machine can do, four figures side by side in one run.
+
+(i) the machine's matrix multiplication; (ii) the net's bare forward, backward and update on one batch in memory; (iii) a
+plain PyTorch loop on the same pictures, torchvision's loader, no Ray; (iv) our whole stage. Each measured alone, one after
+the other, in turns, so that all see the same machine.
+"""
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.cache import make_cache
+from pipelines.manifest import Manifest, Pictures
+from training.optimise import make_optimizer
+from training.store import Store
+from training.worker import StageJob, StageTraining, Team, set_up_torch
+from vggcore.errors import VggrowError
+from vggcore.initialise import initialise_net
+from vggcore.nets import Vgg, build_net, layer_table
+from vggcore.schedule import Stage
+
+MATRIX = 2048                    # side of the matrices of (i): far above the caches, as large layers are
+BACKWARD = 3                     # multiplications of forward and backward together, in those of forward
+LIBRARIES = ("torch", "nvidia-dali-cuda130", "ray", "torchvision", "numpy")
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Medians over the turns; images/s but for `limit`, which is multiplications and additions a second."""
+
+    stage: str
+    net: str
+    crop: int
+    batch: int
+    precision: str
+    threads: int
+    device: str
+    operations_per_image: float      # 2 * multiply-adds * 3
+    limit: float                     # (i)
+    bare: float                      # (ii)
+    plain: float | None              # (iii); None without torchvision
+    ours: float                      # (iv), files decoded
+    ours_cached: float               # (iv), from the decoded cache
+    machine: str
+    versions: dict[str, str]
+
+    @property
+    def bare_share(self) -> float:
+        """(ii) of (i)."""
+        return self.bare * self.operations_per_image / self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the ratios that count."""
+        return asdict(self) | {
+            "bare_of_limit": self.bare_share,
+            "ours_of_bare": self.ours / self.bare,
+            "ours_cached_of_bare": self.ours_cached / self.bare,
+            "ours_of_plain": None if self.plain is None else self.ours / self.plain,
+            "ours_cached_of_plain": None if self.plain is None else self.ours_cached / self.plain,
+        }
+
+
+def measure(
+    stage: Stage, manifest: Manifest, store: Store, *, threads: int, device: str, seconds: float, turns: int
+) -> Speeds:
+    """Measures a stage of a scanned recipe; nothing is left in the store but the decoded cache.
+
+    seconds: of each figure in each of the `turns`. threads: CPU threads, of torch and of each loader.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=store.root) as scratch:
+        job = bench_job(stage, manifest, Path(scratch), threads=threads, device=device)
+        (job.store / "data").mkdir()
+        (job.store / "data" / manifest.fingerprint).symlink_to(store.data(manifest.fingerprint))
+        make_cache(manifest, store.root, budget_bytes=2**62, threads=threads, say=lambda words: None)
+        set_up_torch(job)
+        figures: dict[str, list[float]] = {}
+        plain = plain_loop(job, manifest)
+        for _ in range(turns):
+            for name, figure in (
+                ("limit", lambda: matmul_limit(stage, device, seconds)),
+                ("bare", lambda: bare_images(job, manifest, seconds)),
+                ("plain", (lambda: rate(plain, seconds)) if plain is not None else None),
+                ("ours", lambda: rate(our_loop(job, manifest, cached=False), seconds)),
+                ("ours_cached", lambda: rate(our_loop(job, manifest, cached=True), seconds)),
+            ):
+                if figure is not None:
+                    figures.setdefault(name, []).append(figure())
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    rows = layer_table(stage.net, classes=len(manifest.classes), head=stage.head, width=stage.width, crop=stage.crop)
+    return Speeds(
+        stage=stage.name,
+        net=stage.net,
+        crop=stage.crop,
+        batch=stage.global_batch,
+        precision=stage.precision,
+        threads=threads,
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        operations_per_image=2.0 * BACKWARD * sum(row.macs for row in rows),
+        limit=medians["limit"],
+        bare=medians["bare"],
+        plain=medians.get("plain"),
+        ours=medians["ours"],
+        ours_cached=medians["ours_cached"],
+        machine=machine(),
+        versions={name: version(name) for name in LIBRARIES if installed(name)},
+    )
+
+
+def bench_job(stage: Stage, manifest: Manifest, scratch: Path, *, threads: int, device: str) -> StageJob:
+    """A stage that starts from random weights and writes to a scratch folder."""
+    return StageJob(
+        stage=stage.model_copy(update={"init_from": None, "max_epochs": 10**6, "patience": 10**6}),
+        key="0" * 16,
+        store=scratch,
+        fingerprint=manifest.fingerprint,
+        parent=None,
+        lock="bench",
+        fence=0,
+        nonce="",
+        device=device,
+        threads=threads,
+    )
+
+
+def dtype_of(stage: Stage) -> torch.dtype:
+    """What the stage multiplies."""
+    return torch.bfloat16 if stage.precision == "bf16" else torch.float32
+
+
+def matmul_limit(stage: Stage, device: str, seconds: float) -> float:
+    """(i) Multiplications and additions a second of square matrices in the stage's precision."""
+    one, other = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype_of(stage)) for _ in range(2))
+    out = torch.empty_like(one)
+
+    def multiply() -> Iterator[int]:
+        while True:
+            torch.matmul(one, other, out=out)
+            wait_for(device)
+            yield 1
+
+    return rate(multiply(), seconds) * 2.0 * MATRIX**3
+
+
+def made_net(job: StageJob, classes: int) -> tuple[Vgg, torch.optim.SGD]:
+    """The stage's net with first weights in its memory format, and its optimiser."""
+    stage = job.stage
+    net = build_net(
+        stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
+    )
+    initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
+    net.to(job.device).to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
+    return net.train(), make_optimizer(net.parameters(), stage)
+
+
+def update(job: StageJob, net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor) -> None:
+    """Forward, backward and update, as our loop does them and as anyone would."""
+    if job.stage.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.stage.precision == "bf16"):
+        logits = net(images)
+    torch.autograd.backward(cross_entropy(logits.float(), labels))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def bare_images(job: StageJob, manifest: Manifest, seconds: float) -> float:
+    """(ii) Images a second on one batch in memory."""
+    net, optimizer = made_net(job, len(manifest.classes))
+    batch = min(job.stage.global_batch, len(manifest.split("train")))
+    images = torch.randn(batch, 3, job.stage.crop, job.stage.crop, device=job.device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=job.device)
+
+    def train() -> Iterator[int]:
+        iteration = 0
+        while True:
+            net.set_draws(job.stage.seed, iteration, torch.arange(batch, device=job.device))
+            update(job, net, optimizer, images, labels)
+            wait_for(job.device)
+            iteration += 1
+            yield batch
+
+    return rate(train(), seconds)
+
+
+class Views(Dataset[tuple[Tensor, int]]):
+    """A training picture as torchvision's users read it: Pillow, resize to S, random crop, flip, normalise."""
+
+    def __init__(self, pictures: Pictures, stage: Stage, transform: Callable[[Image.Image], Tensor]) -> None:
+        """transform: of torchvision."""
+        self.pictures, self.stage, self.transform = pictures, stage, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        with Image.open(self.pictures.root / str(self.pictures.paths[place])) as picture:
+            return self.transform(picture.convert("RGB")), int(self.pictures.labels[place])
+
+
+def plain_loop(job: StageJob, manifest: Manifest) -> Iterator[int] | None:
+    """(iii) The same net and updates behind torchvision's transforms and torch's DataLoader; None without torchvision."""
+    try:
+        from torchvision import transforms
+    except ImportError:
+        return None
+    stage = job.stage
+    view = transforms.Compose(
+        [
+            transforms.Resize(stage.middle_scale),
+            transforms.RandomCrop(stage.crop),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=(manifest.colour.mean / 255).tolist(), std=(1.0, 1.0, 1.0)),
+        ]
+    )
+    loader = DataLoader(
+        Views(manifest.split("train"), stage, view),
+        batch_size=stage.global_batch,
+        shuffle=True,
+        num_workers=job.threads,
+        persistent_workers=True,
+    )
+    net, optimizer = made_net(job, len(manifest.classes))
+
+    def train() -> Iterator[int]:
+        iteration = 0
+        while True:
+            for images, labels in loader:
+                images, labels = images.to(job.device), labels.to(job.device)
+                net.set_draws(stage.seed, iteration, torch.arange(len(labels), device=job.device))
+                update(job, net, optimizer, images, labels)
+                iteration += 1
+                yield len(labels)
+
+    return train()
+
+
+def our_loop(job: StageJob, manifest: Manifest, *, cached: bool) -> Iterator[int]:
+    """(iv) Our stage as a worker runs it: loader, loop, history, validation left out; pictures trained, a step each."""
+    training = StageTraining(replace(job, cached=cached), manifest, Team(torch.device(job.device)))
+    training.folder.mkdir(parents=True, exist_ok=True)
+    training.may_write = lambda: None  # type: ignore[method-assign]    # no lock is held: nobody else knows this folder
+    training.history.may_write = lambda: None
+    try:
+        while True:
+            problem = yield from training.steps()
+            if isinstance(problem, VggrowError):
+                raise problem
+            training.progress = replace(training.progress, epoch=training.progress.epoch + 1, batch=0)
+    finally:
+        training.loader.close()
+        training.test_loader.close()
+
+
+def rate(steps: Iterator[int], seconds: float) -> float:
+    """What steps yield, a second, over `seconds` and two steps at least; the first two are not counted."""
+    for _ in range(2):
+        next(steps)
+    done, began = 0, time.monotonic()
+    count = 0
+    while time.monotonic() - began < seconds or count < 2:
+        done += next(steps)
+        count += 1
+    return done / (time.monotonic() - began)
+
+
+def wait_for(device: str) -> None:
+    """Until a GPU has done what it was asked."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def installed(name: str) -> bool:
+    """Whether a library is here."""
+    try:
+        version(name)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def machine() -> str:
+    """Processor, cores, Python."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0))
+    return f"{names[0] if names else platform.processor()}, {cores} cores, Python {platform.python_version()}"
+
+
+def speeds_text(found: Speeds) -> str:
+    """For a person: the four figures and their ratios."""
+    told = found.to_json()
+    plain = "-" if found.plain is None else f"{found.plain:,.1f}"
+    lines = [
+        f"stage {found.stage}: net {found.net}, crop {found.crop}, batch {found.batch}, {found.precision},"
+        f" {found.threads} threads on {found.device}",
+        f"(i)   matrix multiplication   {found.limit / 1e9:,.1f} GFLOP/s",
+        f"(ii)  bare training           {found.bare:,.1f} images/s   {told['bare_of_limit']:.2f} of (i)",
+        f"(iii) plain PyTorch loop      {plain} images/s",
+        f"(iv)  our stage, files        {found.ours:,.1f} images/s   {told['ours_of_bare']:.2f} of (ii)"
+        + ("" if found.plain is None else f"   {told['ours_of_plain']:.2f} of (iii)"),
+        f"(iv)  our stage, cached       {found.ours_cached:,.1f} images/s   {told['ours_cached_of_bare']:.2f} of (ii)"
+        + ("" if found.plain is None else f"   {told['ours_cached_of_plain']:.2f} of (iii)"),
+        f"{found.machine}; " + ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+    ]
+    return "\n".join(lines)
