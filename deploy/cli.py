@@ -156,7 +156,8 @@ def train(
 
     from deploy.line import run_line
     from deploy.progress import Progress
-    from training.run import Interrupted, Where, cores
+    from training.stop_switch import Interrupted
+    from training.where import Where, cores
 
     console = Console(stderr=True, highlight=False)
     where = Where(
@@ -458,8 +459,8 @@ def bench_train(
     """
     from deploy.scans import scan_data
     from training.bench import measure, speeds_text
-    from training.run import Where, check_where, cores
     from training.store import open_store
+    from training.where import Where, check_where, cores
     from vggcore.errors import RecipeError
     from vggcore.recipe import load_recipe, nearest
     from vggcore.schedule import resolve_stages

@@ -46,7 +46,7 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
     from deploy.retrain import retrain as run_tick
     from deploy.retrain import tick_text
     from deploy.ticks import stop_problem
-    from training.run import Interrupted
+    from training.stop_switch import Interrupted
 
     try:
         tick = run_tick(loaded, dry_run=dry_run, accept=accept)

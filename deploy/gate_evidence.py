@@ -236,7 +236,7 @@ def posteriors_of(opened: Any, pictures: Pictures, protocol: str, scales: Sequen
     """(pictures, classes) posteriors by the path that training and `vggrow evaluate` read pictures with."""
     from deploy.judge import colour_of
     from training.evaluate import evaluate_weights
-    from training.run import cores
+    from training.where import cores
 
     return evaluate_weights(
         opened.weights,

@@ -11,8 +11,8 @@ from deploy.scans import scan_data
 from pipelines.colour import Colour
 from pipelines.manifest import Manifest, read_manifest
 from training.evaluate import default_scales, evaluate_weights, figures
-from training.run import cores
 from training.store import Store
+from training.where import cores
 from vggcore.errors import DatasetError, DeviceError, RecipeError
 from vggcore.recipe import Data, Protocol, load_recipe
 from vggcore.schedule import Stage

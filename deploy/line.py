@@ -23,11 +23,14 @@ from pipelines.loader import TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
+from training.listener import Listener
 from training.parents import is_done, result_weights
 from training.ray_address import check_address
-from training.run import Interrupted, Listener, Where, check_where, cores, train_schedule
+from training.run import train_schedule
+from training.stop_switch import Interrupted
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker
+from training.where import Where, check_where, cores
 from training.worker import view_rule
 from vggcore.recipe import BEST_ON_VAL, Recipe
 from vggcore.schedule import Stage, evaluated_stages, parent_key, resolve_stages, schedule_key, stage_keys
@@ -69,8 +72,8 @@ def run_line(
 ) -> Line:
     """Runs the line for `recipe`; what is finished is not run again.
 
-    hear: makes the listener that shows progress. Raises VggrowError for what the user can mend, training.run.Interrupted
-    after a signal: both leave a store from which the same call goes on.
+    hear: makes the listener that shows progress. Raises VggrowError for what the user can mend, Interrupted after a
+    signal: both leave a store from which the same call goes on.
     """
     store, stages = where.store, resolve_stages(recipe)
     check_where(where, stages)
@@ -158,6 +161,14 @@ class Together(Listener):
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         for listener in self.listeners:
             listener.workers_restarted(stage, key, iteration)
+
+    def checkpoint_passed_over(self, stage: Stage, key: str, words: str) -> None:
+        for listener in self.listeners:
+            listener.checkpoint_passed_over(stage, key, words)
+
+    def stage_left_out(self, stage: Stage, key: str, reason: str) -> None:
+        for listener in self.listeners:
+            listener.stage_left_out(stage, key, reason)
 
     def stage_ends(self, stage: Stage, key: str, status: str) -> None:
         for listener in self.listeners:

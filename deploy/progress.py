@@ -1,4 +1,4 @@
-"""What a person sees on stderr while stages run: a moving line on a terminal, a plain line an epoch elsewhere."""
+"""What a person sees on stderr while stages run: moving lines on a terminal, a plain line an epoch elsewhere."""
 
 import time
 from typing import Any
@@ -7,75 +7,54 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from training.run import Listener
+from training.listener import Listener
 from vggcore.schedule import Stage
 
 SPEED_WINDOW_S = 10.0    # images/s is over about this time
+ENDS = {"FINISHED": "finished", "KILLED": "stopped; the same command goes on here", "FAILED": "failed"}
 
 
-class Progress(Listener):
-    """Stage, epoch, images/s, loss, val accuracy and time left of the stage that runs."""
+class StageLine:
+    """One stage's epoch, images/s, loss, val accuracy, learning rate and time left, from its history's rows."""
 
-    def __init__(self, console: Console, *, pictures: int, stages: int) -> None:
-        """pictures: training pictures an epoch; stages: how many the schedule has."""
-        self.console, self.pictures, self.stages = console, pictures, stages
-        self.number = 0
-        self.live: Live | None = None
-
-    def stage_begins(self, stage: Stage, key: str, *, done: bool) -> None:
-        """Names the stage; a done one in a word."""
-        self.number += 1
-        place = f"[{self.number}/{self.stages}] {stage.name}"
-        if done:
-            self.say(f"{place}: done before ({key})")
-            return
-        low, high = stage.scale
-        scale = f"S={low}" if low == high else f"S in [{low}, {high}]"
-        self.say(f"{place}: net {stage.net}, {scale}, from {stage.init_from or 'random weights'} ({key})")
-        self.batches = -(-self.pictures // stage.global_batch)
+    def __init__(self, stage: Stage, pictures: int) -> None:
+        """pictures: training pictures an epoch."""
+        self.stage = stage
+        self.batches = -(-pictures // stage.global_batch)
         self.seen: list[tuple[float, int]] = []
         self.last: dict[str, Any] = {}
         self.iteration = self.epoch = 0
         self.val: float | None = None
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, transient=True, refresh_per_second=4)
-            self.live.start()
 
-    def rows(self, stage: Stage, key: str, rows: list[dict[str, Any]]) -> None:
-        """Takes new rows; on a terminal the moving line changes, elsewhere each epoch is a line."""
+    def take(self, rows: list[dict[str, Any]]) -> list[int]:
+        """Takes new rows and gives the epochs that ended in them; what was known is passed over."""
+        ended = []
         for row in rows:
             if row["iteration"] < self.iteration or (row["iteration"] == self.iteration and "epoch" not in row):
                 continue
             self.iteration, self.last = row["iteration"], row
             if "epoch" in row and row["epoch"] > self.epoch:
                 self.epoch, self.val = row["epoch"], row["val_top1_accuracy"]
-                if self.live is None:
-                    self.say(self.line(stage))
+                ended.append(self.epoch)
         if rows:
             now = time.monotonic()
             recent = [(at, iteration) for at, iteration in self.seen if now - at < SPEED_WINDOW_S]
             self.seen = [*recent, (now, self.iteration)]
-        if self.live is not None:
-            self.live.update(Text(self.line(stage)))
+        return ended
 
-    def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
-        """Says so; what comes again until the iteration that was reached is passed over."""
-        self.say(f"{stage.name}: workers died and were started again; training goes on from iteration {iteration}")
-        self.seen = []
+    def images_per_second(self) -> float | None:
+        """Over the last seconds, validation included; None until there is something to measure."""
+        if len(self.seen) < 2 or self.seen[-1][0] - self.seen[0][0] < 0.5:
+            return None
+        (began, first), (now, last) = self.seen[0], self.seen[-1]
+        return (last - first) * self.stage.global_batch / (now - began) or None
 
-    def stage_ends(self, stage: Stage, key: str, status: str) -> None:
-        """Leaves the stage's last line."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
-            self.say(self.line(stage))
-        words = {"FINISHED": "finished", "KILLED": "stopped; the same command goes on here", "FAILED": "failed"}
-        self.say(f"{stage.name}: {words[status]}")
-
-    def line(self, stage: Stage) -> str:
-        """The stage's state in one line."""
-        parts = [f"{stage.name}: epoch {min(self.epoch + 1, stage.max_epochs) if self.live else self.epoch}/{stage.max_epochs}"]
-        speed = self.images_per_second(stage)
+    def text(self, *, moving: bool) -> str:
+        """The stage's state in one line; moving: the epoch that runs, else the one that ended."""
+        stage = self.stage
+        epoch = min(self.epoch + 1, stage.max_epochs) if moving else self.epoch
+        parts = [f"{stage.name}: epoch {epoch}/{stage.max_epochs}"]
+        speed = self.images_per_second()
         if speed:
             parts.append(f"{speed:,.0f} images/s")
         if "train_loss" in self.last:
@@ -89,12 +68,68 @@ class Progress(Listener):
             parts.append(f"at most {duration(left)} left")
         return ", ".join(parts)
 
-    def images_per_second(self, stage: Stage) -> float | None:
-        """Over the last seconds, validation included; None until there is something to measure."""
-        if len(self.seen) < 2 or self.seen[-1][0] - self.seen[0][0] < 0.5:
-            return None
-        (began, first), (now, last) = self.seen[0], self.seen[-1]
-        return (last - first) * stage.global_batch / (now - began) or None
+
+class Progress(Listener):
+    """Shows the stages that run, one or several at once."""
+
+    def __init__(self, console: Console, *, pictures: int, stages: int) -> None:
+        """pictures: training pictures an epoch; stages: how many the schedule has."""
+        self.console, self.pictures, self.stages = console, pictures, stages
+        self.number = 0
+        self.lines: dict[str, StageLine] = {}      # of the stages that run, by key
+        self.live: Live | None = None
+
+    def stage_begins(self, stage: Stage, key: str, *, done: bool) -> None:
+        """Names the stage; a done one in a word."""
+        self.number += 1
+        place = f"[{self.number}/{self.stages}] {stage.name}"
+        if done:
+            self.say(f"{place}: done before ({key})")
+            return
+        low, high = stage.scale
+        scale = f"S={low}" if low == high else f"S in [{low}, {high}]"
+        self.say(f"{place}: net {stage.net}, {scale}, from {stage.init_from or 'random weights'} ({key})")
+        self.lines[key] = StageLine(stage, self.pictures)
+        if self.console.is_terminal and self.live is None:
+            self.live = Live(console=self.console, transient=True, refresh_per_second=4)
+            self.live.start()
+
+    def rows(self, stage: Stage, key: str, rows: list[dict[str, Any]]) -> None:
+        """Takes new rows; on a terminal the moving lines change, elsewhere the epoch that ended is a line."""
+        line = self.lines[key]
+        if line.take(rows) and self.live is None:
+            self.say(line.text(moving=False))
+        self.show()
+
+    def show(self) -> None:
+        """The moving lines as they are now, where there is a terminal."""
+        if self.live is not None:
+            self.live.update(Text("\n".join(line.text(moving=True) for line in self.lines.values())))
+
+    def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
+        """Says so; what comes again until the iteration that was reached is passed over."""
+        self.say(f"{stage.name}: workers died and were started again; training goes on from iteration {iteration}")
+        self.lines[key].seen = []
+
+    def checkpoint_passed_over(self, stage: Stage, key: str, words: str) -> None:
+        """Says which, and why."""
+        self.say(f"{stage.name}: a broken checkpoint was passed over, the one before is used: {words}")
+
+    def stage_left_out(self, stage: Stage, key: str, reason: str) -> None:
+        """Says why."""
+        self.number += 1
+        self.say(f"[{self.number}/{self.stages}] {stage.name}: {reason}")
+
+    def stage_ends(self, stage: Stage, key: str, status: str) -> None:
+        """Leaves the stage's last line."""
+        line = self.lines.pop(key)
+        if self.live is not None:
+            self.show()
+            self.say(line.text(moving=False))
+            if not self.lines:
+                self.live.stop()
+                self.live = None
+        self.say(f"{stage.name}: {ENDS[status]}")
 
     def say(self, words: str) -> None:
         """One line on stderr."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from training.run import Interrupted
+from training.stop_switch import Interrupted
 
 
 class Signals:

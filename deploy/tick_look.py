@@ -12,7 +12,7 @@ from deploy.tick_work import Work, champion_json
 from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Facts, Tick, facts_of, last_trained, news, renewal
 from deploy.warm_start import Beginning, choose_beginning
 from pipelines.manifest import Manifest, read_manifest
-from training.run import cores
+from training.where import cores
 from vggcore.digest import digest
 from vggcore.errors import DatasetError, StoreError
 from vggcore.recipe import Recipe

@@ -13,7 +13,8 @@ from deploy.tick_work import Work
 from deploy.ticks import Tick, iso, last_trained
 from deploy.warm_start import Beginning, warm_recipe
 from pipelines.manifest import Manifest
-from training.run import Listener, Where, cores
+from training.listener import Listener
+from training.where import Where, cores
 from training.worker_count import most
 from vggcore.errors import RecipeError
 from vggcore.recipe import Recipe, parse_recipe

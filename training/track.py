@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from training.history import read_history
-from training.run import Listener
+from training.listener import Listener
 from training.store import Store
 from vggcore.errors import TrackingError
 from vggcore.schedule import EXEMPT, Stage

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training.run import STOP_WAIT_S
+from training.stop_switch import STOP_WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "deploy/systemd"

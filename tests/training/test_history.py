@@ -4,7 +4,7 @@ import contextlib
 import json
 
 from training.history import HistoryWriter, cut_history, read_history
-from training.run import HistoryTail
+from training.history_tail import HistoryTail
 
 ROWS = [
     {"iteration": 1, "train_loss": 0.9},

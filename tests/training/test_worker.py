@@ -14,9 +14,11 @@ from pipelines.scan import scan
 from tests.pipelines.photo_folders import make_photo_folder
 from training.checkpoint import iterations_on_disk
 from training.history import read_history
+from training.listener import Listener
 from training.parents import is_done
-from training.run import Listener, Where, check_where, train_schedule
+from training.run import train_schedule
 from training.store import Store, open_store
+from training.where import Where, check_where
 from training.worker import StageJob, StageTraining, Superseded, Team, prove_same_world
 from vggcore.errors import DatasetError, DeviceError, RecipeError, StoreError
 from vggcore.recipe import Recipe, parse_recipe

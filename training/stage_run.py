@@ -1,0 +1,221 @@
+"""One stage on Ray Train, from taking its lock to its end, however it ends.
+
+`fit()` runs in a thread, since Ray Train takes SIGINT for itself in the main thread and leaves no checkpoint behind.
+"""
+
+import logging
+import secrets
+import shutil
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import vggcore.errors
+from pipelines.manifest import Manifest
+from training.checkpoint import KEPT
+from training.history_tail import HistoryTail
+from training.listener import Listener
+from training.parents import is_done
+from training.store import hold, read_json, request_stop
+from training.where import Where
+from training.worker import StageJob, train_stage
+from vggcore.errors import StoreError, TrainingError, VggrowError
+from vggcore.nets import layer_table
+from vggcore.recipe import NetName
+from vggcore.schedule import Stage
+from vggcore.whole_file import write_json, write_text
+
+MAX_FAILURES = 3          # how often a stage's workers may die before we give up
+RESIZE_S = 15.0           # how often a stage with a range of workers looks whether there is room for more
+
+
+class StageRun:
+    """A stage that is being trained; its lock is held as long as the block runs."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        key: str,
+        parent: tuple[NetName, Path] | None,
+        manifest: Manifest,
+        where: Where,
+        listener: Listener,
+    ) -> None:
+        """Starts nothing yet; parent: net and weights."""
+        self.stage, self.key, self.parent = stage, key, parent
+        self.manifest, self.where, self.listener = manifest, where, listener
+        self.folder = where.store.stage(key)
+        self.held = ExitStack()
+        self.fit: FitThread | None = None
+        self.begun, self.fence = False, 0
+
+    def begin(self) -> None:
+        """Takes the lock, says so, and lets Ray Train begin; a stage that others have just finished has nothing to do.
+
+        Raises StoreError where another command holds the stage, or the disk has no room for its checkpoints.
+        """
+        store, lock = self.where.store, stage_lock(self.key)
+        self.fence = self.held.enter_context(hold(store, lock, what=f"stage {self.stage.name!r} ({self.key})"))
+        if is_done(store, self.key):
+            self.listener.stage_begins(self.stage, self.key, done=True)
+            return
+        check_space(self.stage, len(self.manifest.classes), self.folder)
+        self.listener.stage_begins(self.stage, self.key, done=False)
+        self.begun = True
+        self.tail, self.starts = HistoryTail(self.folder / "history.jsonl"), HistoryTail(self.folder / "starts.jsonl")
+        self.first = True
+        self.fit = FitThread(
+            prepare(self.stage, self.key, self.fence, self.parent, self.manifest, self.where), self.where
+        )
+        self.fit.start()
+
+    def ask_to_stop(self) -> None:
+        """Asks the workers for a checkpoint at their next iteration, and their end."""
+        request_stop(self.where.store, stage_lock(self.key), self.fence)
+
+    def poll(self) -> bool:
+        """Passes on what is new; whether the stage is over, one way or another."""
+        if self.fit is None:
+            return True
+        over = not self.fit.is_alive()
+        for start in self.starts.new_rows():
+            if start["fence"] == self.fence:
+                if not self.first:
+                    self.listener.workers_restarted(self.stage, self.key, start["iteration"])
+                for words in start.get("passed_over", ()):
+                    self.listener.checkpoint_passed_over(self.stage, self.key, words)
+                self.first = False
+        self.listener.rows(self.stage, self.key, self.tail.new_rows())
+        return over
+
+    def problem(self) -> BaseException | None:
+        """Why the stage, which is over, has no result; None where it has, or where it was asked to stop and did."""
+        if self.fit is None or is_done(self.where.store, self.key):
+            return None
+        found = read_json(self.folder / "error.json")
+        if found is not None and found["fence"] == self.fence:
+            return getattr(vggcore.errors, found["type"], TrainingError)(found["message"])
+        return self.fit.problem()
+
+    def let_go(self) -> None:
+        """Gives the lock back."""
+        self.held.close()
+
+
+def stage_lock(key: str) -> str:
+    """The name of the lock under which a stage is trained."""
+    return f"stage-{key}"
+
+
+def prepare(
+    stage: Stage,
+    key: str,
+    fence: int,
+    parent: tuple[NetName, Path] | None,
+    manifest: Manifest,
+    where: Where,
+) -> StageJob:
+    """Writes what the workers will read, stage.json and the nonce, and gives their job."""
+    store, folder, lock = where.store, where.store.stage(key), stage_lock(key)
+    write_json(
+        folder / "stage.json",
+        {
+            "name": stage.name,
+            "key": key,
+            "stage": stage.model_dump(mode="json"),
+            "parent": parent and {"net": parent[0], "key": parent[1].parent.parent.parent.name},
+            "fingerprint": manifest.fingerprint,
+            "classes": list(manifest.classes),
+        },
+    )
+    (folder / "error.json").unlink(missing_ok=True)
+    nonce = secrets.token_hex(16)
+    write_text(store.locks / f"{lock}.nonce", nonce)
+    return StageJob(
+        stage=stage,
+        key=key,
+        store=store.root,
+        fingerprint=manifest.fingerprint,
+        parent=parent,
+        lock=lock,
+        fence=fence,
+        nonce=nonce,
+        device=where.device,
+        threads=where.threads,
+        cached=where.cache_gib > 0,
+    )
+
+
+def check_space(stage: Stage, classes: int, folder: Path) -> None:
+    """StoreError unless the disk holds the checkpoints that stay and the one that is being written."""
+    rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    checkpoint = 8 * sum(row.parameters for row in rows)      # weights and momentum, float32
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    wanted = (KEPT + 2) * checkpoint          # the newest, the best, and one that is being written
+    if free < wanted:
+        raise StoreError(
+            f"{folder}: {free / 2**30:.1f} GiB free, but stage {stage.name!r} needs {wanted / 2**30:.1f} GiB for its"
+            " checkpoints; free some, or name another folder by --store"
+        )
+
+
+class FitThread(threading.Thread):
+    """Ray Train's fit() in a thread of its own; what it raises is kept."""
+
+    def __init__(self, job: StageJob, where: Where) -> None:
+        """Starts nothing yet."""
+        super().__init__(name=f"fit-{job.stage.name}", daemon=True)
+        self.job, self.where = job, where
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Runs the stage to its end."""
+        try:
+            make_trainer(self.job, self.where).fit()
+        except BaseException as error:
+            self.error = error
+
+    def problem(self) -> BaseException | None:
+        """What fit() raised: what a worker says the user can mend, deaths of workers as TrainingError, else as it is."""
+        if self.error is None:
+            return None
+        failures = list((getattr(self.error, "worker_failures", None) or {}).values())
+        for one in failures:
+            cause = getattr(one, "base_exc", one)          # Ray's UserExceptionWithTraceback
+            if isinstance(cause, VggrowError):
+                return cause
+        if failures and all(isinstance(one, ray.exceptions.RayActorError) for one in failures):
+            return TrainingError(
+                f"stage {self.job.stage.name!r}: its workers died more than {MAX_FAILURES} times; look for what kills them"
+                " (memory?), then start the same command again: it goes on from the newest checkpoint"
+            )
+        return self.error
+
+
+def make_trainer(job: StageJob, where: Where) -> TorchTrainer:
+    """The Ray Train run of one stage."""
+    gpu = where.device == "cuda"
+    logging.getLogger("ray.train").setLevel(logging.WARNING)      # local mode says at each stage that it is one
+    return TorchTrainer(
+        train_stage,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=0 if where.in_this_process else where.workers,
+            elastic_resize_monitor_interval_s=RESIZE_S,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": where.threads, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=f"{job.key}-{job.fence}",
+            storage_path=str(where.store.scratch),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
