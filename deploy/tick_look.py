@@ -6,7 +6,7 @@ from typing import Any
 
 from deploy.drift import Drift, Summary, compare, moved, summarise
 from deploy.pipeline_file import Pipeline
-from deploy.promote import find_champion, number
+from deploy.registry_versions import find_champion, number
 from deploy.scans import scan_data
 from deploy.tick_work import Work, champion_json
 from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Facts, Tick, facts_of, last_trained, news, renewal
@@ -77,9 +77,9 @@ def beginning(
 ) -> Beginning:
     """Where training would start; about the pictures and recipe of the last training as it did, so that nothing runs twice."""
     last = facts_of(reference) if reference is not None else None
-    if reference is not None and last is not None and not too_old:
-        if (last.fingerprint, last.recipe) == (now.fingerprint, now.recipe):
-            return Beginning.from_json(reference.records["decide"].get("start"))
+    same = last is not None and (last.fingerprint, last.recipe) == (now.fingerprint, now.recipe)
+    if reference is not None and same and not too_old:
+        return Beginning.from_json(reference.records["decide"].get("start"))
     return choose_beginning(
         work.pipeline.start.warm,
         work.recipe,
