@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from deploy import cli_jobs, cli_models, cli_retrain
-from deploy.options import json_option, print_json, store_option, tracking_option
+from deploy.options import WorkerRange, json_option, print_json, store_option, tracking_option
+from training.worker_count import WorkerCount
 from vggcore.errors import VggrowError
 
 if TYPE_CHECKING:
@@ -110,10 +111,11 @@ def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
 @click.argument("recipe", type=RECIPE)
 @click.option(
     "--workers",
-    type=click.IntRange(1),
-    default=1,
+    type=WorkerRange(),
+    default="1",
     show_default=True,
-    help="Ray Train workers; the global batch is split over them. 1 on this machine: no Ray processes.",
+    help="Ray Train workers; the global batch is split over them. 1 on this machine: no Ray processes. MIN:MAX on a cluster:"
+    " as many as there is room for, while nodes come and go.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: this machine's cores / workers]")
 @click.option("--address", metavar="HOST:PORT", help="Ray head to run on.  [default: RAY_ADDRESS, else Ray on this machine]")
@@ -123,7 +125,7 @@ def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
 @tracking_option
 def train(
     recipe: Path,
-    workers: int,
+    workers: WorkerCount,
     threads: int | None,
     address: str | None,
     device: str | None,
@@ -157,13 +159,13 @@ def train(
     from deploy.line import run_line
     from deploy.progress import Progress
     from training.stop_switch import Interrupted
-    from training.where import Where, cores
+    from training.where import Where, threads_for
 
     console = Console(stderr=True, highlight=False)
     where = Where(
         store=opened,
         workers=workers,
-        threads=threads or max(1, cores() // workers),
+        threads=threads or threads_for(workers),
         address=address,
         device=device or default_device(),
     )
@@ -393,7 +395,7 @@ def models_show(name: str, store: str, tracking: str | None, as_json: bool) -> N
     client = registry_client(store, tracking)
     from deploy.registry import model_text, show_model
 
-    found = show_model(client, name)
+    found = show_model(client, name, reading(store, tracking))
     if as_json:
         print_json(asdict(found))
     else:

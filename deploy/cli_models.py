@@ -6,6 +6,8 @@ Exit 3 where the gate says no. Heavy imports stay inside the commands.
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,62 @@ def opened(store: str, tracking: str | None) -> tuple[Any, Any]:
     return found, MlflowClient(uri)
 
 
+@contextmanager
+def server_may_go(tracking: str) -> Iterator[None]:
+    """A server that stops answering in the middle, as one line: what it answers is our own matter and passes."""
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    from deploy.tracking_address import one_line, shown
+    from vggcore.errors import TrackingError
+
+    try:
+        yield
+    except (MlflowException, requests.ConnectionError, requests.Timeout) as error:
+        if isinstance(error, RestException) or (isinstance(error, MlflowException) and "API request" not in str(error)):
+            raise
+        raise TrackingError(
+            f"--tracking {shown(tracking)}: no longer answers ({one_line(error)}); the same command goes on where this one was"
+        ) from error
+
+
+def notify_option(command: Any) -> Any:
+    """--notify, the webhook."""
+    return click.option(
+        "--notify",
+        metavar="URL",
+        envvar="VGGROW_WEBHOOK_URL",
+        show_envvar=True,
+        help="Webhook that is told of the decision, signed with the secret in VGGROW_WEBHOOK_SECRET.  [default: none is told]",
+    )(command)
+
+
+def webhook_of(url: str | None) -> tuple[Any, bytes] | None:
+    """The webhook's address and the secret that signs, both checked before anything is decided."""
+    if url is None:
+        return None
+    from pydantic import ValidationError
+
+    from deploy.notify import read_secret
+    from deploy.pipeline_file import Notify
+    from vggcore.errors import RecipeError
+
+    try:
+        notify = Notify(url=url)
+    except ValidationError as error:
+        raise RecipeError(f"--notify: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    return notify, read_secret(notify, place="--notify")
+
+
+def tell(webhook: tuple[Any, bytes] | None, store: Any, name: str) -> str | None:
+    """Tells the webhook what it has not heard about model `name`; how that ended, None where none is to be told."""
+    if webhook is None:
+        return None
+    from deploy.registry_webhook import tell_waiting
+
+    return "waits" if tell_waiting(store, name, *webhook) else "told"
+
+
 @click.command()
 @click.argument("a")
 @click.argument("b")
@@ -106,12 +164,13 @@ def compare(
     """
     rules = rules_of(options)
     found, client = opened(store, tracking)
+    from deploy.contenders import compare as compare_models
     from deploy.decision_page import decision_text
     from deploy.gate_chart import decision_figure
-    from deploy.promote import compare as compare_models
     from vggcore.errors import StoreError
 
-    decision = compare_models(client, store=found, a=a, b=b, rules=rules)
+    with server_may_go(client.tracking_uri):
+        decision = compare_models(client, store=found, a=a, b=b, rules=rules)
     if out is not None:
         try:
             out.write_bytes(decision_figure(decision))
@@ -135,6 +194,7 @@ def compare(
 @click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing, count nothing.")
 @click.option("--force", is_flag=True, help="Promote by hand, without asking the gate; needs --reason.")
 @click.option("--reason", metavar="WORDS", help="Why it is forced; recorded.")
+@notify_option
 def promote(
     model: str,
     floor: float,
@@ -142,6 +202,7 @@ def promote(
     dry_run: bool,
     force: bool,
     reason: str | None,
+    notify: str | None,
     store: str,
     tracking: str | None,
     as_json: bool,
@@ -151,11 +212,13 @@ def promote(
 
     MODEL is a registered model's NAME (its challenger, else its newest version), models:/NAME@ALIAS or models:/NAME/VERSION.
     The champion before becomes `previous`. Each decision is one use of the gate list; the same question again is none.
+    A webhook that does not answer undoes nothing: it is told by the next command that promotes or rolls back with --notify.
 
     \b
     Examples:
         vggrow models promote elpv
         vggrow models promote models:/elpv/3 --dry-run
+        vggrow models promote elpv --notify https://example.org/hook
         vggrow models promote models:/elpv/3 --force --reason "the old one fails on wet cells"
     """
     if force and not (reason or "").strip():
@@ -163,16 +226,28 @@ def promote(
     if reason is not None and not force:
         raise click.UsageError("--reason has no effect without --force; add --force, or remove --reason")
     rules = rules_of(options)
+    webhook = None if dry_run else webhook_of(notify)
     found, client = opened(store, tracking)
     from deploy.decision_page import decision_text
-    from deploy.promote import REFUSED, outcome_text
+    from deploy.decision_record import REFUSED
+    from deploy.promote import outcome_text
     from deploy.promote import promote as promote_model
 
-    outcome = promote_model(
-        client, store=found, model=model, rules=rules, to=to, floor=floor, dry_run=dry_run, force=reason if force else None
-    )
+    with server_may_go(client.tracking_uri):
+        outcome = promote_model(
+            client,
+            store=found,
+            model=model,
+            rules=rules,
+            to=to,
+            floor=floor,
+            dry_run=dry_run,
+            force=reason if force else None,
+            tell=webhook is not None,
+        )
+    told = tell(webhook, found, to or outcome.model)
     if as_json:
-        click.echo(json.dumps(vars(outcome), indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**vars(outcome), "webhook": told}, indent=2, ensure_ascii=False))
     else:
         if outcome.decision is not None:
             click.echo(decision_text(outcome.decision) + "\n")
@@ -184,19 +259,25 @@ def promote(
 @click.command()
 @click.argument("name")
 @click.option("--reason", metavar="WORDS", help="Why; recorded.")
-def rollback(name: str, reason: str | None, store: str, tracking: str | None, as_json: bool) -> None:
+@notify_option
+def rollback(
+    name: str, reason: str | None, notify: str | None, store: str, tracking: str | None, as_json: bool
+) -> None:
     """Put the previous champion of model NAME back; the one rolled back returns by --force alone.
 
     \b
     Example:
         vggrow models rollback elpv --reason "complaints from the line"
     """
+    webhook = webhook_of(notify)
     found, client = opened(store, tracking)
     from deploy.promote import outcome_text
     from deploy.promote import rollback as roll_back
 
-    outcome = roll_back(client, store=found, name=name, reason=reason)
-    click.echo(json.dumps(vars(outcome), indent=2, ensure_ascii=False) if as_json else outcome_text(outcome))
+    with server_may_go(client.tracking_uri):
+        outcome = roll_back(client, store=found, name=name, reason=reason, tell=webhook is not None)
+    told = {**vars(outcome), "webhook": tell(webhook, found, name)}
+    click.echo(json.dumps(told, indent=2, ensure_ascii=False) if as_json else outcome_text(outcome))
 
 
 @click.command("renew-gate")

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from pipelines.manifest import Manifest
+from pipelines.near_duplicates import has_near
 
 COLOUR_STEP = 10.0       # levels of 255 by which a channel's mean may move before it is pointed out
 COUNT_STEP = 0.5         # share by which a class may shrink before it is pointed out
 FEW_BAD = 0.1            # below this share of max_bad a doubling says nothing: 1 bad file in 100,000 has become 2
+NEAR_SHARE = 0.01        # share of pictures with a near-duplicate from which on a doubling is pointed out
 MOST_NAMED = 3           # conflicts that a sentence names
 
 
@@ -26,6 +28,7 @@ class Summary:
     colour: tuple[float, float, float]   # mean RGB of train, 0..255
     duplicates: int                      # pictures less different contents
     conflicts: dict[str, str]            # content digest: 'a.jpg' and 'b.jpg', the same picture in two classes
+    near_duplicates: int | None = None   # pictures with another like them, copies included; None: an older record, or scan
 
     @property
     def pictures(self) -> int:
@@ -41,9 +44,14 @@ class Summary:
         """Plain values."""
         return asdict(self)
 
+    @property
+    def near_share(self) -> float | None:
+        """The share of pictures that have a near-duplicate, 0..1; None where it is not known."""
+        return None if self.near_duplicates is None else self.near_duplicates / max(1, self.pictures)
+
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Summary":
-        """What to_json gave."""
+        """What to_json gave, of this version or an earlier one."""
         return cls(**{**found, "colour": tuple(found["colour"])})
 
 
@@ -80,6 +88,7 @@ def summarise(manifest: Manifest) -> Summary:
     paths, labels, contents = (table[name].to_pylist() for name in ("path", "class", "content"))
     counts = Counter(labels)
     sides = np.minimum(table["height"].to_numpy(), table["width"].to_numpy())
+    near = int(has_near(table["dhash"].to_numpy().astype(np.uint64)).sum()) if "dhash" in table.column_names else None
     red, green, blue = (round(float(value), 2) for value in manifest.colour.mean)
     return Summary(
         fingerprint=manifest.fingerprint,
@@ -89,6 +98,7 @@ def summarise(manifest: Manifest) -> Summary:
         colour=(red, green, blue),
         duplicates=len(contents) - len(set(contents)),
         conflicts=label_conflicts(paths, labels, contents),
+        near_duplicates=near,
     )
 
 
@@ -156,6 +166,12 @@ def notable(last: Summary, now: Summary, contents: Moved | None) -> list[str]:
         notes.append(f"the median shorter side is {now.shorter_side:g} px, it was {last.shorter_side:g}")
     if now.duplicates > last.duplicates:
         notes.append(f"{now.duplicates:,} pictures are copies of others, {last.duplicates:,} were")
+    near, near_before = now.near_share, last.near_share
+    if near is not None and near_before is not None and near > NEAR_SHARE and near >= 2 * near_before:
+        notes.append(
+            f"{now.near_duplicates:,} pictures have a near-duplicate ({near:.1%}),"
+            f" {last.near_duplicates:,} had one ({near_before:.1%})"
+        )
     return notes
 
 

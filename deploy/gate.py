@@ -20,6 +20,7 @@ Bools = NDArray[np.bool_]
 
 SMALLEST_ALPHA = 2 / (1 + FLIPS)   # of one use: below it the sign-flip test's draws could not show anything
 METRIC_NAMES = {"top1": "top-1 accuracy", "balanced": "balanced accuracy"}
+ROUNDING = 1e-9                    # 52 times 0.05 / 52 is not 0.05 to the last bit
 MOST_NAMED = 3                     # leaks, problems, classes that a sentence lists before it counts the rest
 
 
@@ -150,22 +151,24 @@ def decide(
     rules: GateRules,
     *,
     use: int,
+    spent: float = 0.0,
     leaks: Sequence[str] = (),
     lineage_problems: Sequence[str] = (),
 ) -> Decision:
     """Promotes the challenger only if every condition holds; the reason names the first that does not.
 
-    use: which use of this gate list this is, from 1. leaks: gate pictures that either model, or an ancestor, was trained
+    use: which use of this gate list this is, from 1. spent: how much of alpha the uses before it had: with rules that changed
+    between them the planned uses alone would not bound it. leaks: gate pictures that either model, or an ancestor, was trained
     on. lineage_problems: what of the challenger's stage, data or code can't be found. Both in words, each refuses.
     """
     same = (same_classes(challenger, champion), same_pictures(challenger, champion), same_protocol(challenger, champion))
     checks = [
         *same,
-        few_uses(use, rules),
+        few_uses(use, spent, rules),
         Check("leaks", not leaks, listed("gate pictures seen in training", leaks), "none; renew the list or train without"),
         Check("lineage", not lineage_problems, listed("lineage problems", lineage_problems), "stage, data and code on record"),
     ]
-    alpha_k = alpha_of_use(rules.alpha, rules.planned_uses, use)
+    alpha_k = alpha_of_use(rules.alpha, rules.planned_uses, use) if checks[len(same)].passed else 0.0
     evidence: dict[str, Any] = {}
     summary = ""
     if all(check.passed for check in same):
@@ -186,9 +189,13 @@ def decide(
     )
 
 
-def few_uses(use: int, rules: GateRules) -> Check:
-    """Whether the gate list has a use left."""
+def few_uses(use: int, spent: float, rules: GateRules) -> Check:
+    """Whether the gate list has a use left, and as much of alpha as this use may spend."""
     found = f"this is use {use} of the gate list, planned for {rules.planned_uses}"
+    share = rules.alpha / rules.planned_uses
+    if use <= rules.planned_uses and spent + share > rules.alpha * (1 + ROUNDING):
+        found += f"; the uses before it had {spent:.3g} of alpha {rules.alpha:g}, and this one wants {share:.3g}"
+        return Check("uses", False, found, "as much of alpha left; renew the list, or plan for more uses")
     return Check("uses", use <= rules.planned_uses, found, "a use that is left; renew the list")
 
 

@@ -3,6 +3,7 @@
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -26,11 +27,12 @@ COLOURS = (TRAIN_COLOUR, VAL_COLOUR, "#009E73", "#CC79A7")   # Okabe and Ito's p
 
 def decision_figure(decision: Decision) -> bytes:
     """PNG of a decision: its reason in words, how the models differ, the gain with its bound, each class's change."""
-    lines = textwrap.wrap(decision.reason, 118)
+    lines = textwrap.wrap("".join(one if one.isprintable() else " " for one in decision.reason), 118)
     words = 0.3 + 0.16 * len(lines)
     shown = sorted(decision.classes, key=lambda one: (one.change, one.name))[:MOST_CLASSES]
     body = max(2.3, 0.7 + 0.24 * len(shown)) if decision.counts else 0.1
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)   # scripts the font lacks: decision.json has the words
         figure = Figure(figsize=(7.6, words + body), dpi=DPI)
         height = words + body
         verdict, colour = ("Promoted", TRAIN_COLOUR) if decision.promote else ("Refused", VAL_COLOUR)

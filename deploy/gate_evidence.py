@@ -26,6 +26,7 @@ from vggcore.schedule import Stage
 from vggcore.whole_file import whole_file, write_json, write_text
 
 LATENCY_PICTURES = 3   # one by one, as they are served; the median counts
+FIRST_SHARE = 0.05 / 52   # what a use spends whose line does not say: lines have said it since there were several rules
 
 
 @dataclass(frozen=True)
@@ -274,10 +275,11 @@ def latency_ms(opened: Any, pictures: Pictures) -> float | None:
 def uses(gate: GateList) -> list[dict[str, Any]]:
     """The decisions that looked at the list, in order; a line that a crash cut off does not count."""
     try:
-        lines = (gate.folder / USES).read_text(encoding="utf-8").splitlines(keepends=True)
+        text = (gate.folder / USES).read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Not splitlines(): a name may hold other characters that end a line for it, such as U+2028.
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def use_number(gate: GateList, decision_id: str) -> int:
@@ -286,13 +288,21 @@ def use_number(gate: GateList, decision_id: str) -> int:
     return known.index(decision_id) + 1 if decision_id in known else len(known) + 1
 
 
-def count_use(store: Store, gate: GateList, decision_id: str, facts: Mapping[str, Any]) -> int:
-    """Counts a decision's use of the list, once however often it is asked, and gives its number, from 1."""
+def spent_before(gate: GateList, decision_id: str) -> float:
+    """How much of alpha the uses before this decision's had, by the rules that were in force at each."""
+    return float(sum(line.get("alpha", FIRST_SHARE) for line in uses(gate)[: use_number(gate, decision_id) - 1]))
+
+
+def count_use(store: Store, gate: GateList, decision_id: str, facts: Mapping[str, Any], *, alpha: float) -> int:
+    """Counts a decision's use of the list, once however often it is asked, and gives its number, from 1.
+
+    alpha: what this use may spend.
+    """
     store.locks.mkdir(parents=True, exist_ok=True)
     with FileLock(store.locks / f"gate-{gate.home.name}.lock"):
         number, known = use_number(gate, decision_id), uses(gate)
         if number > len(known):
-            lines = [*known, {"id": decision_id, **facts}]
+            lines = [*known, {"id": decision_id, "alpha": alpha, **facts}]
             text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
             write_text(gate.folder / USES, text)
     return number

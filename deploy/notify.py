@@ -5,8 +5,9 @@
     X-Vggrow-Timestamp: <seconds>     Unix time of this attempt: a receiver refuses what is old
     X-Vggrow-Signature: sha256=<hex>  HMAC-SHA256 over "<timestamp>.<body>" with the shared secret
 
-What is told is one file, STORE/retraining/<pipeline>/notifications/<id>.json, written before the first attempt and marked
-when the receiver has answered 2xx. A command killed between that answer and the mark sends the same id once more.
+What is told is one file, notifications/<id>.json in STORE/retraining/<pipeline> or STORE/registry/<model>, written before
+the first attempt and marked when the receiver has answered 2xx. A command killed between that answer and the mark sends the
+same id once more.
 """
 
 import hashlib
@@ -42,12 +43,12 @@ class Delivery:
     problem: str | None
 
 
-def read_secret(notify: Notify) -> bytes:
-    """The secret that signs. Raises RecipeError when its environment variable is empty or not set."""
+def read_secret(notify: Notify, *, place: str = "[notify] secret_env") -> bytes:
+    """The secret that signs. Raises RecipeError, which begins with `place`, when its environment variable is not set."""
     secret = os.environ.get(notify.secret_env, "")
     if not secret:
         raise RecipeError(
-            f"[notify] secret_env: the environment variable {notify.secret_env} is not set, and nothing is sent unsigned;"
+            f"{place}: the environment variable {notify.secret_env} is not set, and nothing is sent unsigned;"
             " set it to the secret that the receiver checks signatures with"
         )
     return secret.encode()
@@ -89,12 +90,12 @@ def send(notify: Notify, secret: bytes, event: str, body: bytes, *, first_wait_s
 
 @dataclass(frozen=True)
 class Outbox:
-    """What a pipeline has told or has yet to tell, a file each."""
+    """What a pipeline, or a registered model, has told or has yet to tell, a file each."""
 
     folder: Path
 
     def put(self, event: str, tick: int, body: dict[str, Any]) -> None:
-        """Notes what is to be told under its id; an id that is there already stays as it is."""
+        """Notes what is to be told under its id; an id that is there already stays as it is. tick: its place in the order."""
         if not (self.folder / f"{event}.json").exists():
             self.write(event, {"id": event, "tick": tick, "body": body, "sent": None, "attempts": 0, "problem": None})
 
@@ -117,7 +118,7 @@ class Outbox:
             sent = None if delivery.problem else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self.write(record["id"], record | {"sent": sent, "attempts": attempts, "problem": delivery.problem})
             if delivery.problem:
-                logger.warning("webhook %s: %s; told again at the next tick", notify.url, delivery.problem)
+                logger.warning("webhook %s: %s; told again the next time", notify.url, delivery.problem)
                 break
         return self.waiting()
 

@@ -1,17 +1,22 @@
 """The registry: candidates come in once and get their alias, and what is there can be listed and shown."""
 
 import datetime
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
+from deploy.decision_history import last_decisions
+from deploy.rights import DENIED, GONE, no_right
 from deploy.tracking_address import using_tracking
+from training.store import Store
 from vggcore.errors import RegistryError, StoreError
 from vggcore.recipe import nearest
 
@@ -21,6 +26,7 @@ MODEL_ID_TAG = "vggrow.model_id"         # the logged model: the same weights un
 TOP1_TAG = "vggrow.test_top1_accuracy"
 DECIDED_TAG = "vggrow.alias_decided"     # champion or challenger: once given, an alias is not given again to a version
 REASON_TAG = "vggrow.alias_reason"
+LONGEST_NAME = 200                       # bytes: locks and folders of the store are named after models
 LOCK_S = 60.0                            # alias changes take under a second; a lock held longer is another command's
 
 
@@ -45,6 +51,7 @@ class VersionLine:
     run_id: str | None
     source: str
     tags: dict[str, str]
+    decisions: tuple[dict[str, Any], ...] = ()   # the last about it, in each model that it was to lead
 
 
 @dataclass(frozen=True)
@@ -169,12 +176,23 @@ def find_version(client: MlflowClient, name: str, stage_key: str, model_id: str)
     return min(same, key=lambda version: int(version.version), default=None)
 
 
+def check_name(name: str) -> None:
+    """RegistryError for what can be no registered model's name, or none that a folder of the store can bear."""
+    if name in (".", "..") or not re.fullmatch(r"[^/:'\"\x00-\x1f\x7f]+", name) or len(name.encode()) > LONGEST_NAME:
+        raise RegistryError(
+            f"{name!r}: not a registered model's name, wanted up to {LONGEST_NAME} letters, digits, '-', '_', '.', or spaces"
+        )
+
+
 def get_model(client: MlflowClient, name: str) -> RegisteredModel:
     """The registered model, or RegistryError that names the nearest of those there are."""
+    check_name(name)
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code == DENIED:
+            raise no_right(name, "see", "READ") from error
+        if error.error_code != GONE:
             raise
         known = [model.name for model in all_models(client)]
         if not known:
@@ -190,6 +208,8 @@ def get_version(client: MlflowClient, name: str, *, version: str | None, alias: 
     if wanted in versions:
         return versions[wanted]
     asked = f"{name}@{alias}: no alias {alias!r}" if alias else f"{name}/{version}: no version {version!r}"
+    if alias in model.aliases:
+        asked = f"{name}@{alias}: names version {wanted}, which was deleted"
     aliases = ", ".join(f"{held!r} (version {holder})" for held, holder in sorted(model.aliases.items())) or "none"
     numbers = ", ".join(sorted(versions, key=int)) or "none"
     raise RegistryError(f"models:/{asked}; aliases: {aliases}; versions: {numbers}")
@@ -204,8 +224,8 @@ def list_models(client: MlflowClient) -> list[ModelLine]:
     ]
 
 
-def show_model(client: MlflowClient, name: str) -> ModelPage:
-    """One registered model; RegistryError when there is none of that name."""
+def show_model(client: MlflowClient, name: str, store: Store | None = None) -> ModelPage:
+    """One registered model, with what the store knows of decisions; RegistryError when there is none of that name."""
     aliases = string_values(get_model(client, name).aliases)
     versions = sorted(all_versions(client, name), key=lambda version: -int(version.version))
     lines = tuple(
@@ -216,6 +236,7 @@ def show_model(client: MlflowClient, name: str) -> ModelPage:
             run_id=version.run_id or None,
             source=version.source,
             tags=dict(version.tags),
+            decisions=tuple(last_decisions(store, name, str(version.version))) if store is not None else (),
         )
         for version in versions
     )

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from pyarrow import ArrowException, parquet
 
 from deploy import charts
+from deploy.decision_history import last_decisions
 from deploy.doctor import without_secrets
 from deploy.yardsticks import (
     BOOTSTRAP_SEED,
@@ -35,10 +36,9 @@ from deploy.yardsticks import (
 )
 from pipelines.manifest import Manifest, read_manifest, split_counts
 from training.history import read_history
-from training.store import read_json
+from training.store import Store, read_json
 from vggcore.errors import StoreError
 from vggcore.metrics import bootstrap_interval
-from vggcore.recipe import SPLITS
 from vggcore.whole_file import write_text
 
 MOST_CELLS = 12            # classes up to which a confusion matrix is a table that can be read aloud; beyond, a picture
@@ -151,6 +151,7 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
     if found:
         evaluations = {stage.name: stage.evaluation for stage in stages if stage.evaluation}
         rows = result_rows(evaluations, found, chosen.measured if chosen else None)
+    counts = split_counts(manifest) if manifest else {}
     file = folder / "recipe.toml"
     recipe = file.read_text(encoding="utf-8") if file.exists() else None
     environment = jinja2.Environment(
@@ -167,13 +168,15 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         finished=[stage for stage in stages if stage.result],
         chosen=chosen,
         manifest=manifest,
-        counts=split_counts(manifest) if manifest else {},
-        splits=SPLITS,
+        counts=counts,
+        splits=tuple(counts),
+        totals={label: sum(by_class[label] for by_class in counts.values()) for label in manifest.classes} if manifest else {},
         recipe=recipe,
         yardsticks=found,
         rows=rows,
         bars=gain_bars(rows),
         registered=registered,
+        decisions=last_decisions(Store(store), registered["name"], str(registered["version"])) if registered else [],
         model=model_name(registered),
         commands=commands(store, schedule, chosen, recipe),
         tracking=without_secrets(schedule.get("tracking") or ""),

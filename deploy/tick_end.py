@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deploy.promote import ALREADY, Outcome, find_champion, history, promote
-from deploy.promote import PROMOTED as DID_PROMOTE
+from deploy.decision_history import history
+from deploy.decision_record import PROMOTED as DID_PROMOTE
+from deploy.promote import ALREADY, Outcome, promote
 from deploy.registry import CHAMPION
+from deploy.registry_versions import find_champion
 from deploy.tick_work import Work, champion_json
 from deploy.ticks import (
     BELOW_FLOOR,

@@ -6,7 +6,7 @@ from typing import Any
 
 from deploy.drift import Drift, Summary, compare, moved, summarise
 from deploy.pipeline_file import Pipeline
-from deploy.promote import find_champion, number
+from deploy.registry_versions import find_champion, number
 from deploy.scans import scan_data
 from deploy.tick_work import Work, champion_json
 from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Facts, Tick, facts_of, last_trained, news, renewal

@@ -1,23 +1,31 @@
 """A store with a real gate list and models of known skill: one tells red from blue pictures, the other always says blue."""
 
 import json
+import os
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 from PIL import Image
 from small_model import stage_settings
 
+import deploy.decision_record
+from deploy.cli import main
+from deploy.contenders import compare
+from deploy.decision_history import history
 from deploy.package import upload, write_package
-from deploy.promote import history
+from deploy.promote import Outcome, promote
 from deploy.registry import CHALLENGER, CHAMPION, MODEL_ID_TAG, STAGE_KEY_TAG, TOP1_TAG
-from deploy.tracking_address import artifact_location, check_tracking, using_tracking
+from deploy.tracking_address import artifact_location, check_tracking, resolve_tracking, using_tracking
 from pipelines.gate_list import GateList, read_gate
 from pipelines.manifest import Manifest
 from pipelines.scan import scan
@@ -113,6 +121,13 @@ class GateStore:
         assert found is not None
         return found
 
+    def log(self, name: str, folder: Path) -> None:
+        """A package as one more logged model of the run, known as `name`."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        logged = self.client.create_logged_model(experiment, name="model", source_run_id=self.run_id)
+        upload(self.tracking, logged, folder)
+        self.models[name] = logged.model_id
+
     def register(self, name: str, *keys: str, tagged: str | None = None, top1: float = 0.8) -> None:
         """Registers models as versions 1, 2, ... of `name`: the first is champion, the last challenger."""
         self.client.create_registered_model(name)
@@ -176,7 +191,7 @@ def copy_of(made: GateStore, root: Path) -> GateStore:
     """The same store for one test: files copied, the database with them; logged models are read where they were."""
     shutil.copytree(made.root, root / "store")
     tracking = f"sqlite:///{root / 'store' / 'mlflow.db'}"
-    return GateStore(root / "store", tracking, MlflowClient(tracking), made.run_id, made.models, made.pictures)
+    return GateStore(root / "store", tracking, MlflowClient(tracking), made.run_id, dict(made.models), made.pictures)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -190,3 +205,81 @@ def show(store: GateStore, name: str) -> str:
     model = store.client.get_registered_model(name)
     found = [(v.version, dict(v.tags), v.description) for v in store.client.search_model_versions(f"name = '{name}'")]
     return json.dumps([dict(model.aliases), sorted(found)], sort_keys=True)
+
+
+def decide_on(shelf: GateStore, model: str = "solar", **how: Any) -> Outcome:
+    """Asks the gate, as Ann."""
+    return promote(shelf.client, store=shelf.store, model=model, by="ann", **how)
+
+
+def fingerprint_of(shelf: GateStore, key: str) -> str:
+    """Of the pictures that a stage learnt from."""
+    return str(json.loads((shelf.root / "stages" / key / "stage.json").read_text())["fingerprint"])
+
+
+def entry_point(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of the vggrow command, by its real entry point in this process: the libraries are loaded here."""
+    monkeypatch.setattr("sys.argv", ["vggrow", *map(str, words)])
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing of ours may catch it."""
+
+
+def killed_at(line: int, act: Callable[[], object]) -> bool:
+    """Runs `act` and stops it before the line-th line of what changes anything; whether it came that far."""
+    return killed_or_counted(line, act)[0]
+
+
+def killed_or_counted(line: int, act: Callable[[], object]) -> tuple[bool, int]:
+    """As killed_at, with how many such lines there were."""
+    names = ("begin", "finish", "with_copy", "record", "move_champion", "move_back", "drop_challenger")
+    codes = {getattr(deploy.decision_record, name).__code__ for name in names}
+    lines = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code not in codes:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                raise Killed
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except Killed:
+        return True, lines
+    finally:
+        sys.settrace(before)
+    return False, lines
+
+
+@pytest.fixture(scope="session")
+def made_shelf(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> GateStore:
+    """The store that each test gets a copy of."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    root = tmp_path_factory.mktemp("gate")
+    (root / "store").mkdir()
+    shutil.copy(empty_database, root / "store" / "mlflow.db")
+    found = build(root, resolve_tracking(None, root / "store"), (SAYER, SKILLED, LEAKY, BARE))
+    packages = [str(root / "packages" / key) for key in (SKILLED, SAYER)]
+    compare(found.client, store=found.store, a=packages[0], b=packages[1])   # the scores are kept in the store from now on
+    return found
+
+
+@pytest.fixture
+def shelf(made_shelf: GateStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GateStore]:
+    """A copy, used from an empty working folder, which must stay empty."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    yield copy_of(made_shelf, tmp_path)
+    assert list((tmp_path / "empty").iterdir()) == []

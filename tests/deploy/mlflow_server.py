@@ -22,13 +22,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], *, log: Path, address: str, cwd: Path) -> Iterator[None]:
-    """Runs a server while the block does: waits until `address` answers 200, ends its whole process group in any case."""
+def running(command: list[str], *, log: Path, address: str, cwd: Path, **more: str) -> Iterator[None]:
+    """Runs a server while the block does: waits until `address` answers 200, ends its whole process group in any case.
+
+    more: environment variables that it has besides.
+    """
     environment = {
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **more,
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     with log.open("wb") as output:
@@ -65,4 +69,34 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     with running(command, log=folder / "server.log", address=f"{address}/health", cwd=folder):
+        yield address
+
+
+ADMIN, ADMIN_PASSWORD = "admin", "the-password-of-the-admin"
+
+
+@contextmanager
+def server_with_users(folder: Path) -> Iterator[str]:
+    """The address of an MLflow server that asks for a password and lets every user read everything."""
+    address = f"http://127.0.0.1:{free_port()}"
+    settings = folder / "basic_auth.ini"
+    settings.write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{folder}/users.db\nadmin_username = {ADMIN}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1",
+        "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    with running(
+        command,
+        log=folder / "server.log",
+        address=f"{address}/health",
+        cwd=folder,
+        MLFLOW_AUTH_CONFIG_PATH=str(settings),
+        MLFLOW_AUTH_ADMIN_PASSWORD=ADMIN_PASSWORD,
+        MLFLOW_FLASK_SERVER_SECRET_KEY="a key of the test",
+    ):
         yield address

@@ -17,6 +17,7 @@ LAST = Summary(
     colour=(120.0, 110.0, 100.0),
     duplicates=0,
     conflicts={},
+    near_duplicates=6,
 )
 
 
@@ -86,6 +87,7 @@ def test_of_many_conflicts_a_few_are_named_and_the_rest_counted():
         ({"colour": (131.0, 110.0, 100.0)}, "mean colour moved by +11.0, +0.0, +0.0"),
         ({"shorter_side": 100.0}, "median shorter side is 100 px, it was 300"),
         ({"duplicates": 4}, "4 pictures are copies of others, 0 were"),
+        ({"near_duplicates": 12}, "12 pictures have a near-duplicate (1.2%), 6 had one (0.6%)"),
     ],
 )
 def test_what_is_odd_but_may_be_meant_is_noted_and_does_not_stop(change, words):
@@ -93,6 +95,24 @@ def test_what_is_odd_but_may_be_meant_is_noted_and_does_not_stop(change, words):
 
     assert drift.problems == ()
     assert any(words in note for note in drift.notes), drift.notes
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(6, 11), (4, 10), (None, 500), (500, None)],
+    ids=["not doubled", "a hundredth", "old record", "old scan"],
+)
+def test_near_duplicates_that_say_little_are_not_pointed_out(before, after):
+    drift = compare(replace(LAST, near_duplicates=before), replace(LAST, near_duplicates=after), max_bad=0.001)
+
+    assert (drift.notes, drift.problems) == ((), ())
+
+
+def test_a_record_of_before_near_duplicates_were_counted_is_read():
+    record = LAST.to_json()
+    del record["near_duplicates"]
+
+    assert Summary.from_json(record) == replace(LAST, near_duplicates=None)
 
 
 def test_a_conflict_names_two_paths_and_copies_in_one_class_are_none():
@@ -113,6 +133,8 @@ def test_of_two_real_scans_what_came_went_and_changed_class_is_counted(tmp_path)
     drift = compare(summarise(before), summarise(after), max_bad=0.001, contents=moved(before, after))
     assert drift.moved == Moved(added=0, removed=1, relabelled=2)      # a copy in another class counts as relabelled too
     assert drift.now.duplicates == 1
+    assert drift.last.near_duplicates is not None and drift.now.near_duplicates is not None
+    assert drift.now.near_duplicates >= 2          # the copy, and what it is a copy of
     assert [problem for problem in drift.problems if "flower-002.jpg" in problem and "cat/copy.jpg" in problem]
     assert Summary.from_json(summarise(after).to_json()) == summarise(after)
     assert drift_text(drift)[0] == "pictures 36 -> 36 (0 came, 1 went): coffee 12 -> 11, flower 12 -> 13"

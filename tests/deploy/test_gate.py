@@ -142,6 +142,7 @@ def test_models_that_cannot_be_compared_are_refused_without_numbers(name, change
     ("name", "facts", "rules", "words"),
     [
         ("uses", {"use": 53}, {}, "this is use 53 of the gate list, planned for 52; wanted: .*renew"),
+        ("uses", {"use": 2, "spent": 0.05}, {}, "the uses before it had 0.05 of alpha 0.05, and this one wants 0.000962"),
         ("leaks", {"use": 1, "leaks": ["a/1.png", "b/2.png"]}, {}, r"seen in training: 2 \(a/1.png, b/2.png\)"),
         ("leaks", {"use": 1, "leaks": list("abcde")}, {}, r"5 \(a, b, c, \.\.\.\)"),
         ("lineage", {"use": 1, "lineage_problems": ["stage 3f is not in the store"]}, {}, "stage 3f is not in the store"),
@@ -155,6 +156,16 @@ def test_a_better_challenger_is_refused_for_any_one_condition(name, facts, rules
 
     assert not decision.promote and failed(decision)[0] == name
     assert re.search(words, decision.reason)
+
+
+def test_all_planned_uses_can_be_had_and_no_more_than_alpha_is_spent():
+    rules, share, spent, passed = GateRules(), 0.05 / 52, 0.0, 0
+    for use in range(1, 54):
+        decision = decide(*BETTER, rules, use=use, spent=spent)
+        passed += decision.promote
+        spent += share
+
+    assert passed == 52 and decision.alpha_k == 0
 
 
 def test_a_latency_that_was_not_measured_does_not_hold_the_budget():
@@ -371,11 +382,12 @@ def test_a_decision_is_quick(pictures, classes, limit_s, metric):
     [
         decide(*BETTER, GateRules(), use=1),
         decide(*pair(9, 6, rare=5, classes=("$x$ & <", "b" * 60)), GateRules(metric="balanced"), use=1),
+        decide(*pair(9, 6, rare=5, classes=("壊れた", "良い\u2028\x85")), GateRules(), use=1),
         decide(*pair(9, 6), GateRules(), use=99),
         decide(*pair(0, 0, 0), GateRules(), use=1),
         first_decision(0.5, 0.6),
     ],
-    ids=["promoted", "odd names", "spent", "empty", "first"],
+    ids=["promoted", "odd names", "other script", "spent", "empty", "first"],
 )
 def test_each_decision_has_a_picture(decision):
     picture = Image.open(io.BytesIO(decision_figure(decision)))

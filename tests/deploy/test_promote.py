@@ -3,25 +3,21 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import click
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 from gate_store import (
     BARE,
     LEAKY,
     SAYER,
     SKILLED,
     SPLIT,
-    GateStore,
     build,
-    copy_of,
+    decide_on,
+    fingerprint_of,
+    killed_at,
     make_pictures,
     show,
     tree,
@@ -30,13 +26,11 @@ from gate_store import (
 from mlflow import MlflowClient
 
 import deploy.promote
-from deploy.cli_models import register
+from deploy.contenders import compare
 from deploy.gate import GateRules
 from deploy.gate_evidence import uses
-from deploy.package import upload
-from deploy.promote import compare, promote, rollback
+from deploy.promote import promote, rollback
 from deploy.registry import CHAMPION
-from deploy.tracking_address import resolve_tracking
 from pipelines.manifest import read_manifest, write_manifest
 from pipelines.scan import scan
 from training.store import Store
@@ -44,37 +38,6 @@ from vggcore.errors import DatasetError, RegistryError
 from vggcore.recipe import Data
 
 EASY = GateRules(max_class_drop=1.0)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, empty_database) -> GateStore:
-    """The store that each test gets a copy of."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    root = tmp_path_factory.mktemp("gate")
-    (root / "store").mkdir()
-    shutil.copy(empty_database, root / "store" / "mlflow.db")
-    found = build(root, resolve_tracking(None, root / "store"), (SAYER, SKILLED, LEAKY, BARE))
-    packages = [str(root / "packages" / key) for key in (SKILLED, SAYER)]
-    compare(found.client, store=found.store, a=packages[0], b=packages[1])   # the scores are kept in the store from now on
-    return found
-
-
-@pytest.fixture
-def shelf(made, tmp_path, monkeypatch) -> GateStore:
-    """A copy, used from an empty working folder, which must stay empty."""
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    yield copy_of(made, tmp_path)
-    assert list((tmp_path / "empty").iterdir()) == []
-
-
-def fingerprint_of(shelf: GateStore, key: str) -> str:
-    """Of the pictures that a stage learnt from."""
-    return str(json.loads((shelf.root / "stages" / key / "stage.json").read_text())["fingerprint"])
-
-
-def decide_on(shelf: GateStore, model: str = "solar", **how):
-    return promote(shelf.client, store=shelf.store, model=model, by="ann", **how)
 
 
 def test_a_challenger_that_is_better_becomes_champion_and_all_of_it_is_recorded(shelf):
@@ -134,9 +97,11 @@ def test_other_rules_are_another_question_and_another_use_and_alpha_is_spent(she
     decide_on(shelf, rules=GateRules(planned_uses=1))
 
     second = decide_on(shelf, "models:/solar/2", rules=GateRules(planned_uses=1, metric="balanced"))
+    third = decide_on(shelf, "models:/solar/2")     # 52 planned uses: this would be the third of them
 
-    assert [line["challenger"] for line in uses(shelf.gate)] == ["solar/2", "solar/2"]
+    assert [line["challenger"] for line in uses(shelf.gate)] == ["solar/2"] * 3
     assert "this is use 2 of the gate list, planned for 1" in second.reason
+    assert "the uses before it had 0.1 of alpha 0.05" in third.reason
 
 
 def test_what_is_champion_already_is_done(shelf):
@@ -299,7 +264,7 @@ def test_scores_are_kept_and_another_decision_reads_them(shelf, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "words"), [("gone", "cannot be read"), ("changed", "has changed since")])
-def test_a_gate_picture_that_is_gone_or_changed_is_named_and_nothing_is_decided(made, shelf, tmp_path, change, words):
+def test_a_gate_picture_that_is_gone_or_changed_is_named_and_nothing_is_decided(shelf, tmp_path, change, words):
     shelf.register("solar", SAYER, SKILLED)
     fingerprint = fingerprint_of(shelf, SKILLED)
     manifest = read_manifest(shelf.root / "data" / fingerprint)
@@ -344,10 +309,7 @@ def test_a_challenger_with_other_classes_waits_for_a_person(shelf, tmp_path):
     shelf.register("solar", SAYER, SKILLED)
     manifest = read_manifest(shelf.root / "data" / fingerprint_of(shelf, SKILLED))
     folder = write_model(tmp_path / "eels", manifest, SKILLED, classes=("blue", "eel", "red"))
-    experiment = shelf.client.get_run(shelf.run_id).info.experiment_id
-    logged = shelf.client.create_logged_model(experiment, name="model", source_run_id=shelf.run_id)
-    upload(shelf.tracking, logged, folder)
-    shelf.models["eels"] = logged.model_id
+    shelf.log("eels", folder)
     shelf.register("fish", SAYER, "eels", tagged=SKILLED)
 
     outcome = decide_on(shelf, "fish")
@@ -401,39 +363,6 @@ def test_a_champion_deleted_while_models_are_scored_is_noticed(shelf, monkeypatc
     assert outcome.action == "promoted" and "at or above the floor" in outcome.reason
     assert shelf.aliases("solar") == {"champion": "2"}
     assert uses(shelf.gate) == []
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing of ours may catch it."""
-
-
-def killed_at(line: int, act) -> bool:
-    """Runs `act` and stops it before the line-th line of what changes anything; whether it came that far."""
-    codes = {
-        getattr(deploy.promote, name).__code__
-        for name in ("begin", "finish", "record", "move_champion", "move_back", "drop_challenger")
-    }
-    lines = 0
-
-    def trace(frame, event, _):
-        nonlocal lines
-        if frame.f_code not in codes:
-            return None
-        if event == "line":
-            lines += 1
-            if lines == line:
-                raise Killed
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    except Killed:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 def test_a_promotion_killed_at_any_line_is_finished_by_the_same_command(shelf):
@@ -537,37 +466,3 @@ def test_twenty_promoters_at_once_on_one_server_make_one_history(mlflow_server, 
     assert sorted(action for action, _ in others) == ["already champion"] * 2 + ["promoted"]
     assert shelf.aliases("fields") == {"champion": "2", "previous": "1"}
     assert len(shelf.history("fields")) == len(uses(shelf.gate)) == 1
-
-
-def test_the_command_exits_3_on_a_refusal_and_prints_the_evidence(shelf, tmp_path):
-    group = click.Group("models")
-    register(group)
-    shelf.register("solar", SKILLED, SAYER)
-    shelf.register("wind", SAYER, SKILLED)
-    where = ["--store", str(shelf.root), "--tracking", shelf.tracking]
-
-    def run(*words: str):
-        return CliRunner().invoke(group, [*words, *where])
-
-    refused, done = run("promote", "solar"), run("promote", "wind", "--json")
-    evidence = run("compare", "models:/wind/2", "models:/wind/1", "--out", str(tmp_path / "evidence.png"))
-    back = run("rollback", "wind")
-
-    assert refused.exit_code == 3 and "FAILS  better: " in refused.output
-    assert done.exit_code == 0 and json.loads(done.stdout)["decision"]["promote"] is True
-    assert evidence.exit_code == 0 and "challenger wrong" in evidence.output
-    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
-    assert back.exit_code == 0 and "models:/wind/1: champion again" in back.output
-    assert run("promote", "solar", "--force").exit_code == 2
-    assert run("promote", "solar", "--reason", "because").exit_code == 2
-
-
-def test_the_commands_answer_help_without_torch_or_mlflow():
-    code = (
-        "import sys, click, deploy.cli_models as m; g = click.Group('models'); m.register(g);"
-        "[c.get_help(click.Context(c)) for c in g.commands.values()];"
-        "assert sorted(g.commands) == ['compare', 'promote', 'renew-gate', 'rollback'], g.commands;"
-        "sys.exit(bool({'torch', 'mlflow', 'nvidia'} & set(sys.modules)))"
-    )
-
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

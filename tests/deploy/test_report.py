@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from deploy import charts
 from deploy.report import write_report
 from deploy.yardsticks import Yardstick, Yardsticks, gain_over, gain_text, read_measured, write_yardsticks
 from pipelines.colour import SUMS, Colour
-from pipelines.manifest import SCHEMA, Manifest, fingerprint_of, write_manifest
+from pipelines.manifest import SCHEMA, GateName, Manifest, fingerprint_of, write_manifest
 from vggcore.errors import StoreError
 from vggcore.metrics import balanced_accuracy, confusion_matrix, macro_auc, top_k_accuracy
 
@@ -215,6 +215,35 @@ def test_the_data_the_lineage_and_the_commands_are_on_the_page(made: Made, page:
     assert page.row("A-64", made.stages["stages"][0]["key"])[5] == "a" * 32
     assert "vggrow predict models:/pets@champion PICTURE..." in page.text
     assert page.row("Model version")[1] == "pets, version 3, champion models:/pets/3"
+
+
+def test_the_decision_about_the_registered_version_and_the_gate_split_are_on_the_page(tmp_path: Path) -> None:
+    made = make_store(tmp_path, ("cat", "dog.v2"))
+    splits = ["gate" if place % 4 == 0 else split for place, split in enumerate(made.manifest.table["split"].to_pylist())]
+    column = made.manifest.table.column_names.index("split")
+    table = made.manifest.table.set_column(column, SCHEMA.field("split"), pa.array(splits, SCHEMA.field("split").type))
+    gate = GateName(key="0" * 16, digest="1" * 32)
+    write_manifest(replace(made.manifest, table=table, gate=gate), made.store / "data" / made.manifest.fingerprint)
+    decision = {
+        "p_value": 0.0001234, "alpha_k": 0.00096, "use": 2, "gain": 0.09, "gain_low": 0.05, "needed_gain": None,
+        "counts": {"both_right": 283, "only_challenger": 40, "only_champion": 10, "both_wrong": 0},
+    }   # fmt: skip
+    line = {"sequence": 1, "action": "promoted", "at": "2026-11-24T10:00:00Z", "by": "ann", "reason": "promoted: <better>"}
+    line |= {"version": "3", "candidate": "pets/3", "champion_before": "2", "model": "pets", "decision": decision}
+    about_others = line | {"sequence": 2, "version": "4", "candidate": "pets/4", "reason": "of another version"}
+    (made.store / "registry" / "pets").mkdir(parents=True)
+    (made.store / "registry" / "pets" / "history.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(about_others) + "\n")
+
+    page = Page(write_report(made.store, None))
+
+    assert "promoted: <better>" in page.text and "of another version" not in page.text
+    assert page.row("p-value")[1] == "0.000123 limit 0.00096, use 2 of the gate list"
+    assert page.row("Gain, points")[1] == "+9.0 at least +5.0"
+    assert page.row("Right where the other was not")[1] == "40 the champion 10, of 333 gate pictures"
+    cats = [split for split, label in zip(splits, table["class"].to_pylist(), strict=True) if label == "cat"]
+    counts = [cats.count(split) for split in ("train", "val", "test", "gate")]
+    assert page.row("Class")[1:] == ["train", "val", "test", "gate", "all"]
+    assert page.row("cat")[1:] == [*map(str, counts), "12"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.retrain import renewed
+from deploy.tick_train import renewed
 from deploy.ticks import Facts, Ticks, last_trained, news, renewal
 from vggcore.errors import RecipeError
 from vggcore.recipe import parse_recipe

@@ -203,8 +203,13 @@ def test_a_store_where_nothing_may_be_written_is_named(make_recipe, tmp_path):
     assert files(closed) == set() and not (closed / "store").exists()
 
 
-# train, models, predict: each asks the server by itself
-COMMANDS = [["train", "{recipe}"], ["models", "list"], ["predict", CHAMPION, "{recipe}"]]
+# train, models, promote, predict: each asks the server by itself
+COMMANDS = [
+    ["train", "{recipe}"],
+    ["models", "list"],
+    ["models", "promote", "photos"],
+    ["predict", CHAMPION, "{recipe}"],
+]
 
 
 def test_a_tracking_server_that_is_down_is_named_within_10_s(make_recipe, tmp_path):
@@ -217,7 +222,7 @@ def test_a_tracking_server_that_is_down_is_named_within_10_s(make_recipe, tmp_pa
     assert files(tmp_path / "store") == set()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=[command[0] for command in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(command[:2]) for command in COMMANDS])
 def test_a_tracking_server_that_never_answers_is_named_within_10_s(command, silent_port, make_recipe, tmp_path):
     recipe, address = make_recipe(), f"http://127.0.0.1:{silent_port}"
     command = [word.format(recipe=recipe) for word in command]
@@ -251,6 +256,16 @@ def test_a_prediction_that_cannot_be_made_is_refused(model, picture, words, trai
     done = vggrow("predict", model, picture, "--store", trained.store, cwd=tmp_path)
 
     refused(done, *words)
+    assert files(trained.store) == before
+
+
+# The other mistakes of promote, rollback and compare: tests/deploy/test_registry_commands.py, where MLflow is loaded once.
+def test_a_model_that_is_not_in_the_registry_is_not_promoted(trained):
+    before = files(trained.store)
+
+    done = vggrow("models", "promote", "phots", "--store", trained.store)
+
+    refused(done, "models:/phots: no registered model 'phots'", "did you mean 'photos'?")
     assert files(trained.store) == before
 
 

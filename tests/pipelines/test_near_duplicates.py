@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.near_duplicates import DISTANCE, NOTHING, components, difference_hash, near_pairs, nearest_listed
+from pipelines.near_duplicates import DISTANCE, NOTHING, components, difference_hash, has_near, near_pairs, nearest_listed
 from tests.pipelines.photo_folders import photographs
 
 
@@ -130,3 +130,17 @@ def test_twenty_thousand_hashes_take_a_small_part_of_all_comparisons(monkeypatch
 def test_chains_of_pairs_are_one_component() -> None:
     assert components(np.array([[1, 2], [2, 5], [3, 4]]), 7).tolist() == [0, 1, 1, 3, 3, 1, 6]
     assert components(np.zeros((0, 2), np.int64), 2).tolist() == [0, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(some_hashes(), st.integers(0, 3))
+def test_who_has_a_near_duplicate_is_who_stands_in_a_pair(hashes: np.ndarray, distance: int) -> None:
+    hashes = np.append(hashes, np.array([NOTHING, NOTHING, 1], np.uint64))
+
+    found = has_near(hashes, distance)
+
+    assert set(np.flatnonzero(found).tolist()) == set(near_pairs(hashes, distance).ravel().tolist())
+
+
+def test_ten_thousand_copies_of_one_picture_are_counted_at_once() -> None:
+    assert has_near(np.full(10_000, 77, np.uint64)).all()
