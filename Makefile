@@ -4,10 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test test-cluster cluster-up cluster-down lint clean
+.PHONY: run story test test-cluster cluster-up cluster-down lint clean
 
 run: $(READY)   ## the demo: a staged schedule on real pictures, from a folder of files to a registered model
 	$(BIN)/vggrow train training/recipes/elpv.toml --workers 2 --yardsticks
+
+story: $(READY) ## a week of retraining in minutes: seven days by real commands on a fast clock, and a page about them (story/)
+	$(BIN)/python -m deploy.story story
 
 test: $(READY)  ## all tests but those that take long or need more than this machine
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not cluster"

@@ -8,9 +8,12 @@ from typing import Any
 
 import jinja2
 
+from deploy.decision_history import history
 from deploy.pipeline_file import Pipeline
-from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick
+from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, ticks_name
+from training.store import Store
 from vggcore.errors import StoreError
+from vggcore.recipe import load_recipe
 from vggcore.whole_file import write_text
 
 WIDTH, HEIGHT = 720.0, 240.0                        # of the drawing, in its own units
@@ -86,8 +89,17 @@ def draw(ticks: Sequence[Tick]) -> Drawing | None:
     )
 
 
-def write_page(pipeline: Pipeline, ticks: Sequence[Tick], out: Path) -> None:
-    """Writes the page to `out`, whole or not at all; it needs no network and no other file. StoreError if it cannot be."""
+def by_hand(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """What people decided about the pipeline's model, outside its ticks, the oldest first: lines of the registry's history."""
+    lines = history(Store(pipeline.run.store), load_recipe(pipeline.recipe).name)
+    return [line for line in lines if line["by"] != ticks_name(pipeline.name)]
+
+
+def write_page(pipeline: Pipeline, ticks: Sequence[Tick], decisions: Sequence[dict[str, Any]], out: Path) -> None:
+    """Writes the page to `out`, whole or not at all; it needs no network and no other file. StoreError if it cannot be.
+
+    decisions: those taken by hand, see by_hand.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deploy", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -97,6 +109,7 @@ def write_page(pipeline: Pipeline, ticks: Sequence[Tick], out: Path) -> None:
     page = environment.get_template("history.html.j2").render(
         pipeline=pipeline,
         ticks=list(reversed(ticks)),
+        decisions=list(reversed(decisions)),
         champion=next((champion_of(tick) for tick in reversed(ticks) if tick.finished), None),
         promotions=sum(tick.outcome == PROMOTED for tick in ticks),
         drawing=draw(ticks),
@@ -114,8 +127,8 @@ def write_page(pipeline: Pipeline, ticks: Sequence[Tick], out: Path) -> None:
         raise StoreError(f"{out}: cannot be written ({error.strerror}); name another file") from error
 
 
-def history_text(ticks: Sequence[Tick]) -> str:
-    """The ticks for a terminal, a line each, the oldest first."""
+def history_text(ticks: Sequence[Tick], decisions: Sequence[dict[str, Any]]) -> str:
+    """The ticks for a terminal, a line each, the oldest first; then what people decided by hand."""
     if not ticks:
         return "no tick yet; run one with vggrow retrain"
     rows = [("tick", "began (UTC)", "outcome", "version", "champion", "why")]
@@ -130,4 +143,8 @@ def history_text(ticks: Sequence[Tick]) -> str:
         rows.append((str(tick.number), began, tick.outcome, version, held, tick.reason))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [[*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]] for row in rows]
+    lines += [[""]] if decisions else []
+    for one in decisions:
+        moment_of = one["at"][:16].replace("T", " ")
+        lines.append([f"by hand, {moment_of}: version {one['version']} {one['action']} by {one['by']} ({one['reason']})"])
     return "\n".join("  ".join(line) for line in lines)

@@ -132,7 +132,7 @@ def rehearse(work: Work) -> Tick:
 
 def tick_text(tick: Tick) -> list[str]:
     """A tick for a person, a line each."""
-    lines = [f"tick {tick.number}: {tick.outcome} ({tick.reason})"]
+    lines = [f"tick {tick.number}: {tick.outcome} ({tick.reason.removeprefix(f'{tick.outcome}: ')})"]
     decided = tick.records.get("decide", {})
     if not tick.finished and decided:
         what = {TRAIN: "would train", NOTHING_NEW: "nothing new", STOP: "would stop"}[decided["verdict"]]

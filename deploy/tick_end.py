@@ -21,6 +21,7 @@ from deploy.ticks import (
     UNCHANGED,
     WAITS,
     Tick,
+    ticks_name,
 )
 from vggcore.digest import digest
 from vggcore.errors import VggrowError
@@ -46,7 +47,7 @@ def ask_gate(work: Work, tick: Tick) -> Tick:
         model=f"models:/{registered['model']}/{version}",
         rules=work.rules,
         floor=work.recipe.register_.floor,
-        by=f"vggrow retrain {work.pipeline.name}",
+        by=ticks_name(work.pipeline.name),
     )
     found = recovered(work, found)
     tick = work.write(tick, "gate", {"outcome": gate_outcome(found), "reason": found.reason, "decision": found.decision})

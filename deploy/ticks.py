@@ -101,6 +101,11 @@ class Ticks:
         return self.read(number)
 
 
+def ticks_name(pipeline: str) -> str:
+    """As whom a pipeline's ticks decide, in the registry's records."""
+    return f"vggrow retrain {pipeline}"
+
+
 @dataclass(frozen=True)
 class Facts:
     """What may be new: data, recipe (its digest), gate rules, and which version is champion."""

@@ -1,0 +1,65 @@
+"""What people decided by hand stands beside the ticks; what the ticks decided does not stand twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.history_page import by_hand, history_text, write_page
+from deploy.pipeline_file import Pipeline, load_pipeline
+from deploy.ticks import Ticks
+from training.store import Store
+
+RECIPE = """
+name = "solar"
+[data]
+root = "pictures"
+[[stage]]
+name = "A-256"
+net = "A"
+scale = 256
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> Pipeline:
+    """One tick, which promoted version 2; then a person rolled it back."""
+    (tmp_path / "solar.toml").write_text(RECIPE)
+    (tmp_path / "pipeline.toml").write_text('name = "weekly"\nrecipe = "solar.toml"\n')
+    found = load_pipeline(tmp_path / "pipeline.toml")
+    tick = found.run.store / "retraining" / "weekly" / "ticks" / "1"
+    tick.mkdir(parents=True)
+    (tick / "scan.json").write_text(json.dumps({"at": "2026-11-24T02:30:00.000Z", "drift": None}))
+    champion = {"version": "2", "test_top1_accuracy": 0.81}
+    told = {"at": "2026-11-24T02:40:00.000Z", "outcome": "promoted", "reason": "better", "champion": champion}
+    (tick / "notify.json").write_text(json.dumps(told))
+    lines = [
+        {"at": "2026-11-24T02:39:00Z", "by": "vggrow retrain weekly", "action": "promoted", "version": "2", "reason": "better"},
+        {"at": "2026-11-25T09:00:00Z", "by": "ada", "action": "rolled back", "version": "1", "reason": "complaints <b>"},
+    ]
+    registry = found.run.store / "registry" / "solar"
+    registry.mkdir(parents=True)
+    (registry / "history.jsonl").write_text("".join(json.dumps(line | {"champion_before": "1"}) + "\n" for line in lines))
+    return found
+
+
+def ticks_of(pipeline: Pipeline):
+    return Ticks.of(Store(pipeline.run.store), pipeline.name).all()
+
+
+def test_the_terminal_shows_ticks_and_then_decisions_by_hand(pipeline):
+    text = history_text(ticks_of(pipeline), by_hand(pipeline))
+
+    assert text.splitlines()[1].startswith("1     2026-11-24 02:30  promoted")
+    assert text.splitlines()[-1] == "by hand, 2026-11-25 09:00: version 1 rolled back by ada (complaints <b>)"
+    assert text.count("vggrow retrain weekly") == 0
+
+
+def test_the_page_shows_them_too_escaped(pipeline, tmp_path):
+    page = tmp_path / "page.html"
+
+    write_page(pipeline, ticks_of(pipeline), by_hand(pipeline), page)
+
+    section = Path(page).read_text().partition("Decided by hand")[2].partition("</section>")[0]
+    rows = section.partition("</caption>")[2]
+    assert "rolled back" in rows and "ada" in rows and "complaints &lt;b&gt;" in rows and "promoted" not in rows
