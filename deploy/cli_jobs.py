@@ -1,17 +1,18 @@
-"""`vggrow submit` and `vggrow jobs`: a recipe as a job on a Ray cluster, and what became of it."""
+"""`vggrow submit` and `vggrow jobs`: a recipe or a pipeline's tick as a job on a Ray cluster, and what became of it."""
 
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deploy.options import Command, json_option, print_json
+from deploy.options import Command, WorkerRange, json_option, print_json
+from training.worker_count import WorkerCount, workers_text
 
 if TYPE_CHECKING:
+    from deploy.job_request import Handed
     from deploy.jobs import Job, Jobs
 
 
@@ -34,26 +35,33 @@ def register(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="RECIPE|PIPELINE")
 @address_option
 @click.option("--follow", is_flag=True, help="Show the job's progress and end with its exit code. Ctrl-C leaves it running.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Ray Train workers.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: the head's cores / workers]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where the head has a GPU, else cpu]")
+@click.option("--workers", type=WorkerRange(), help="Ray Train workers.  [default: 1, or the pipeline's]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads a worker.  [default: the pipeline's, else the head's cores / workers]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="[default: the pipeline's, else cuda where the head has a GPU, else cpu]",
+)
 @click.option(
     "--store",
     envvar="VGGROW_STORE",
     show_envvar=True,
-    required=True,
     metavar="DIR",
-    help="Folder that every node mounts at the same absolute path.",
+    help="Folder that every node mounts at the same absolute path; needed for a recipe. A pipeline names its own.",
 )
 @click.option(
     "--tracking",
     envvar="MLFLOW_TRACKING_URI",
     show_envvar=True,
     metavar="URI",
-    help="MLflow server, as the head reaches it.  [default: mlflow.db in the store]",
+    help="MLflow server, as the head reaches it.  [default: mlflow.db in the store] A pipeline names its own.",
 )
 @click.option(
     "--env",
@@ -67,32 +75,40 @@ def register(group: click.Group) -> None:
     envvar="VGGROW_CLUSTER_PYTHON",
     show_envvar=True,
     metavar="PATH",
-    help="The cluster's interpreter, by its absolute path.  [default: this one's path]",
+    help="The interpreter that runs the job, by its absolute path on the head.  [default: the head's own]",
 )
 @click.option(
     "--working-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Pack this folder, less its .gitignore and .rayignore, in place of the recipe and vggrow's packages.",
+    help="Pack this folder, less its .gitignore and .rayignore, in place of the file and vggrow's packages.",
 )
-@click.option("--installed", is_flag=True, help="vggrow is installed on the cluster: pack the recipe alone.")
+@click.option("--installed", is_flag=True, help="vggrow is installed on the cluster: pack the file alone.")
+@click.option(
+    "--image",
+    metavar="IMAGE",
+    help="Run the job and its workers in containers of this image, which has vggrow; needs podman on every node.",
+)
 @json_option
+@click.pass_context
 def submit(
-    recipe: Path,
+    context: click.Context,
+    file: Path,
     address: str,
     follow: bool,
-    workers: int,
+    workers: WorkerCount | None,
     threads: int | None,
-    device: str | None,
-    store: str,
+    device: Literal["cpu", "cuda"] | None,
+    store: str | None,
     tracking: str | None,
     pairs: tuple[str, ...],
     python: str | None,
     working_dir: Path | None,
     installed: bool,
+    image: str | None,
     as_json: bool,
 ) -> None:
-    """Run `vggrow train RECIPE` as a job on a Ray cluster, and come back at once.
+    """Run `vggrow train RECIPE`, or a tick of PIPELINE, as a job on a Ray cluster, and come back at once.
 
     Submitting again goes on where an earlier attempt ended. While one runs, no other is started: --follow then follows
     that one.
@@ -101,52 +117,53 @@ def submit(
     Examples:
         vggrow submit pets.toml --address http://head:8265 --store /mnt/vggrow/store --workers 4 --follow
         vggrow submit pets.toml --address http://head:8265 --store /mnt/vggrow/store --env MLFLOW_TRACKING_PASSWORD
+        vggrow submit pipeline.toml --address http://head:8265 --workers 1:4
     """
-    if working_dir is not None and installed:
-        raise click.UsageError("--installed has no effect with --working-dir; leave one of the two out")
-    from deploy.jobs import Jobs, make_order, read_env, this_python
-    from deploy.tracking_address import resolve_tracking
-    from vggcore.recipe import load_recipe
+    given = [name for name, is_given in (("working-dir", working_dir), ("installed", installed), ("image", image)) if is_given]
+    if len(given) > 1:
+        raise click.UsageError(f"--{given[1]} has no effect with --{given[0]}; leave one of the two out")
+    from deploy.job_order import is_pipeline, read_env
+    from deploy.job_request import hand_over, load_pipeline_for, tick_request, train_request
 
-    load_recipe(recipe)
     env = read_env(pairs)
-    tracking = resolve_tracking(tracking, Path(store)) if tracking else None
-    with tempfile.TemporaryDirectory() as folder:
-        cluster = Jobs(address)
-        from deploy.job_package import pack
-
-        package = pack(recipe, Path(folder), working_dir=working_dir, installed=installed)
-        order = make_order(
-            recipe,
-            packed_recipe=package.recipe,
-            package=package.path,
-            store=store,
-            workers=workers,
-            threads=threads,
-            device=device,
-            tracking=tracking,
-            python=python or this_python(),
-            env=env,
-        )
-        found = cluster.submit(order)
-        size, files = package.bytes, package.files
-    job = found.job
-    if found.fresh:
-        click.echo(f"packed {files} files, {size / 2**10:,.0f} KiB", err=True)
-        if found.before is not None:
-            click.echo(f"goes on from {found.before.id} ({words_of(found.before)})", err=True)
+    if is_pipeline(file):
+        for name in ("store", "tracking"):
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name} is for a recipe; {file} is a pipeline: set [run] {name} in it")
+        pipeline = load_pipeline_for(file, workers=workers, threads=threads, device=device)
+        request = tick_request(file, pipeline, env=env, working_dir=working_dir)
     else:
-        click.echo(f"{job.id} is {job.status.lower()} already, since {clock(job.started)}: nothing was submitted", err=True)
+        if store is None:
+            raise click.UsageError("--store (or VGGROW_STORE) is needed: a folder that every node of the cluster mounts there")
+        request = train_request(
+            file, store=store, workers=workers or 1, threads=threads, device=device, tracking=tracking, env=env,
+            working_dir=working_dir,
+        )  # fmt: skip
+    handed = hand_over(request, address, python=python, working_dir=working_dir, installed=installed, image=image)
+    tell(handed)
+    job, code = handed.job, 0
     if not as_json:
-        click.echo(f"{'submitted' if found.fresh else 'running'} {job.id}")
-    code = 0
+        click.echo(handed.words)
     if follow:
-        job, code = follow_job(cluster, job.id, to_stderr=True)
+        job, code = follow_job(handed.cluster, job.id, to_stderr=True)
     elif not as_json:
-        click.echo(how_to_come_back(cluster, job.id), err=True)
+        click.echo(how_to_come_back(handed.cluster, job.id), err=True)
     if as_json:
-        print_json(as_dict(job) | {"fresh": found.fresh, "package_bytes": size if found.fresh else None})
+        print_json(as_dict(job) | {"fresh": handed.fresh, "package_bytes": handed.size if handed.fresh else None})
     sys.exit(code)
+
+
+def tell(handed: "Handed") -> None:
+    """What came of handing over, on stderr."""
+    job = handed.job
+    if not handed.fresh:
+        click.echo(f"{job.id} is {job.status.lower()} already, since {clock(job.started)}: nothing was submitted", err=True)
+        if handed.other_accept:
+            click.echo("it was started without this --accept; give the command again when it has ended", err=True)
+        return
+    click.echo(f"packed {handed.files} file{'s' * (handed.files > 1)}, {handed.size / 2**10:,.0f} KiB", err=True)
+    if handed.before is not None:
+        click.echo(f"goes on from {handed.before.id} ({words_of(handed.before)})", err=True)
 
 
 @click.group()
@@ -170,9 +187,9 @@ def jobs_list(address: str, as_json: bool) -> None:
     if as_json:
         print_json([as_dict(job) for job in found])
         return
-    rows = [("job", "recipe", "workers", "started", "took", "status")]
+    rows = [("job", "runs", "workers", "started", "took", "status")]
     for job in found:
-        rows.append((job.id, job.recipe or "-", str(job.workers or "-"), clock(job.started), took(job), words_of(job)))
+        rows.append((job.id, what_of(job), team_of(job), clock(job.started), took(job), words_of(job)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
@@ -197,13 +214,14 @@ def jobs_show(job_id: str, address: str, as_json: bool) -> None:
         return
     for name, value in (
         ("job", job.id),
-        ("recipe", job.recipe or "-"),
+        ("runs", what_of(job)),
         ("status", words_of(job)),
         ("started", clock(job.started)),
         ("took", took(job)),
-        ("workers", str(job.workers or "-")),
+        ("workers", team_of(job)),
         ("store", job.store or "-"),
-        ("command", job.entrypoint.removeprefix("exec ")),
+        *([("image", job.image)] if job.image else []),
+        ("command", job.command),
         ("variables", ", ".join(job.env) or "-"),
     ):
         click.echo(f"{name:<10}{value}")
@@ -233,7 +251,7 @@ def jobs_logs(job_id: str, address: str, follow: bool) -> None:
 @address_option
 @json_option
 def jobs_stop(job_id: str, address: str, as_json: bool) -> None:
-    """Stop a job: it writes a checkpoint first (up to 30 s). Submitting its recipe again goes on from there.
+    """Stop a job: it writes a checkpoint first (up to 30 s). Submitting the same again goes on from there.
 
     \b
     Example:
@@ -277,6 +295,18 @@ def words_of(job: "Job") -> str:
     return job.status.lower()
 
 
+def what_of(job: "Job") -> str:
+    """What a job is: the training of a recipe, a tick of a pipeline, or nothing of ours."""
+    if job.pipeline:
+        return f"tick of {job.pipeline}"
+    return f"train {job.recipe}" if job.recipe else "-"
+
+
+def team_of(job: "Job") -> str:
+    """A job's workers as they are written."""
+    return workers_text(job.workers) if job.workers is not None else "-"
+
+
 def clock(moment: float | None) -> str:
     """Seconds since 1970 as this machine's local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment is not None else "-"
@@ -293,4 +323,4 @@ def took(job: "Job") -> str:
 
 def as_dict(job: "Job") -> dict[str, Any]:
     """A job for programs."""
-    return asdict(job) | {"env": list(job.env), "attempt": job.attempt}
+    return asdict(job) | {"env": list(job.env), "attempt": job.attempt, "command": job.command}

@@ -1,12 +1,19 @@
 """The commands of retraining: retrain, history, timetable; deploy/cli.py adds them by `register(vggrow)`."""
 
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from deploy.options import print_json
 from vggcore.errors import DatasetError
+
+if TYPE_CHECKING:
+    from deploy.pipeline_file import Pipeline
+    from deploy.ticks import Tick
 
 PIPELINE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -28,6 +35,9 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
     Nothing new: says so, exit 0. A refusal by the gate is a finished tick: exit 0. Data that got worse stop the tick before
     any training: exit 2. A tick that was killed anywhere is taken up by the same command.
 
+    With [run] address = "http://HEAD:8265" the tick is a job on that cluster: its words come on stderr, its exit code is
+    this command's, and Ctrl-C leaves it running; the same command then follows it again.
+
     \b
     Examples:
         vggrow retrain pipeline.toml
@@ -37,12 +47,17 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
     from deploy.pipeline_file import load_pipeline
 
     loaded = load_pipeline(pipeline)
+    if loaded.run.is_job:
+        sys.exit(run_as_job(pipeline, loaded, dry_run=dry_run, accept=accept, as_json=as_json))
     from deploy.notify import read_secret
+    from training.ray_address import check_address
     from vggcore.recipe import load_recipe
 
-    load_recipe(loaded.recipe)                 # both answer at once; the tick itself loads torch first
+    load_recipe(loaded.recipe)                 # all answer at once; the tick itself loads torch first
     if loaded.notify is not None:
         read_secret(loaded.notify)
+    if loaded.run.address is not None:
+        check_address(loaded.run.address)
     from deploy.retrain import retrain as run_tick
     from deploy.retrain import tick_text
     from deploy.ticks import stop_problem
@@ -62,12 +77,40 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
         raise DatasetError(f"{pipeline}: {problem}; mend the pictures, or train on them by --accept REASON")
 
 
+def run_as_job(path: Path, pipeline: "Pipeline", *, dry_run: bool, accept: str | None, as_json: bool) -> int:
+    """Hands the tick to the cluster, or finds it there, and follows it to its end: its exit code; 130 when we are stopped."""
+    from deploy.cli_jobs import as_dict, follow_job, tell
+    from deploy.job_request import hand_over, tick_request
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as Ctrl-C: the job goes on
+    request = tick_request(path, pipeline, dry_run=dry_run, accept=accept)
+    assert pipeline.run.address is not None
+    handed = hand_over(request, pipeline.run.address, python=os.environ.get("VGGROW_CLUSTER_PYTHON"))
+    tell(handed)
+    if not as_json:
+        click.echo(handed.words)
+    job, code = follow_job(handed.cluster, handed.job.id, to_stderr=True)
+    if as_json:
+        tick = None if dry_run else last_tick(pipeline)
+        print_json(tick.to_json() if tick is not None else as_dict(job))
+    return code
+
+
+def last_tick(pipeline: "Pipeline") -> "Tick | None":
+    """The newest tick in the store; None where this machine does not see the store."""
+    from deploy.ticks import Ticks
+    from training.store import Store
+
+    ticks = Ticks.of(Store(pipeline.run.store), pipeline.name).all()
+    return ticks[-1] if ticks else None
+
+
 @click.command()
 @click.argument("pipeline", type=PIPELINE, metavar="PIPELINE.toml")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the page to this HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def history(pipeline: Path, out: Path | None, as_json: bool) -> None:
-    """List the ticks of a pipeline: when, what was decided and why, which version was champion afterwards.
+    """List the ticks of a pipeline: when, what was decided and why, which version was champion; and decisions by hand.
 
     \b
     Examples:
@@ -77,17 +120,17 @@ def history(pipeline: Path, out: Path | None, as_json: bool) -> None:
     from deploy.pipeline_file import load_pipeline
 
     loaded = load_pipeline(pipeline)
-    from deploy.history_page import history_text, write_page
+    from deploy.history_page import by_hand, history_text, write_page
     from deploy.ticks import Ticks
     from training.store import Store
 
-    ticks = Ticks.of(Store(loaded.run.store), loaded.name).all()
+    ticks, decisions = Ticks.of(Store(loaded.run.store), loaded.name).all(), by_hand(loaded)
     if out is not None:
-        write_page(loaded, ticks, out)
+        write_page(loaded, ticks, decisions, out)
     if as_json:
         print_json([tick.to_json() for tick in ticks])
     else:
-        click.echo(history_text(ticks))
+        click.echo(history_text(ticks, decisions))
         if out is not None:
             click.echo(f"page: {out}")
 

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: a recipe handed over once, followed, listed, stopped; all through Ray's Jobs API on the head.
+"""Jobs on a Ray cluster: an order handed over once, followed, listed, stopped; all through Ray's Jobs API on the head.
 
 A job's id is its key and an attempt: Ray refuses a repeated id, so two submissions at once make one job.
 """
@@ -7,51 +7,38 @@ import asyncio
 import contextlib
 import difflib
 import logging
-import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import requests
 
-from deploy.ray_head import CONNECT_S, auth_headers, check_head, checked_address, only_address, refusal, silent_head
+from deploy.job_order import STOP_S, Order
+from deploy.ray_head import (
+    CONNECT_S,
+    auth_headers,
+    check_head,
+    checked_address,
+    head_python,
+    only_address,
+    refusal,
+    silent_head,
+)
 from deploy.tracking_address import short_reason
-from vggcore.digest import digest
+from training.worker_count import WorkerCount, read_workers, workers_text
 from vggcore.errors import ClusterError
-from vggcore.recipe import load_recipe
-from vggcore.schedule import resolve_stages, schedule_key, stage_keys
 
 logger = logging.getLogger(__name__)
 
-CALL_S = 60.0                        # a call, the upload of a package included
-SILENCE_S = 30.0                     # a job's log that says nothing for so long: ask the head whether it is still there
+UPLOAD_S, ASK_S = 60.0, 10.0         # how long the head may take for an upload or a submission, and for a question
+SILENCE_S = 15.0                     # a job's log that says nothing for so long: ask the head whether it is still there
 POLL_S = 0.5
-STOP_S = 30                          # between SIGINT and SIGKILL; training takes at most 20 s to write its checkpoint
 STOP_SLACK_S = 10                    # for Ray to see that the job is over
 COLLISIONS = 5                       # how often another submission may take the id that we were about to use
 RUNNING = ("PENDING", "RUNNING")
-
-# Ray's own stop is SIGTERM and, 3 s later, SIGKILL.
-CLEAN_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is asked of the cluster: one command, the files it needs, and what it is known by."""
-
-    recipe: str                      # its name
-    key: str                         # 16 hex: the schedule's key where it is known here, else the recipe's digest
-    recipe_digest: str               # 16 hex of the recipe's name and text
-    store: str
-    workers: int
-    entrypoint: str
-    env: Mapping[str, str]
-    package: Path | None
 
 
 @dataclass(frozen=True)
@@ -60,16 +47,18 @@ class Job:
 
     id: str
     recipe: str                      # "" when the job is not ours
+    pipeline: str                    # the pipeline whose tick it is; "": none
     key: str
-    recipe_digest: str
+    named: str
     status: str                      # PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED
     exit_code: int | None
     message: str
     started: float | None
     ended: float | None
     store: str
-    workers: int | None
+    workers: WorkerCount | None
     entrypoint: str
+    image: str                       # the container's; "": none
     env: tuple[str, ...]             # names only: values may be secrets
 
     @property
@@ -78,14 +67,19 @@ class Job:
         return self.status not in RUNNING
 
     @property
+    def command(self) -> str:
+        """What the head's shell runs, less what writes the command's files into a container."""
+        return self.entrypoint.rpartition("\n")[2].removeprefix("exec ")
+
+    @property
     def attempt(self) -> int:
         """The number at the end of the id; 0 when it has none."""
         number = self.id.rpartition("-")[2]
         return int(number) if number.isdecimal() else 0
 
     def serves(self, order: Order) -> bool:
-        """Whether this job does what is asked for: the same schedule or recipe, into the same store."""
-        return self.store == order.store and (self.key == order.key or self.recipe_digest == order.recipe_digest)
+        """Whether this job does what is asked for: the same schedule, recipe or pipeline, into the same store."""
+        return self.store == order.store and (self.key == order.key or self.named == order.named)
 
 
 @dataclass(frozen=True)
@@ -95,58 +89,6 @@ class Submission:
     job: Job
     fresh: bool
     before: Job | None               # the newest earlier attempt, if the head remembers one
-
-
-def make_order(
-    recipe: Path,
-    *,
-    packed_recipe: str,
-    package: Path | None,
-    store: str,
-    workers: int,
-    threads: int | None,
-    device: str | None,
-    tracking: str | None,
-    python: str,
-    env: Mapping[str, str],
-) -> Order:
-    """The job that runs `vggrow train` on the head. Raises RecipeError for the recipe, ClusterError for the store."""
-    if not Path(store).is_absolute():
-        raise ClusterError(f"--store {store}: wanted an absolute path, of a folder that every node of the cluster mounts there")
-    from deploy.job_package import portable_text
-
-    loaded = load_recipe(recipe)
-    words = [python, "-m", "deploy", "train", packed_recipe, "--address", "auto", "--workers", str(workers)]
-    words += ["--threads", str(threads)] if threads else []
-    words += ["--device", device] if device else []
-    words += ["--store", store]
-    words += ["--tracking", tracking] if tracking else []
-    named = digest({"name": loaded.name, "text": portable_text(recipe, loaded)}, hex_characters=16)
-    return Order(
-        recipe=loaded.name,
-        key=known_schedule_key(recipe, Path(store)) or named,
-        recipe_digest=named,
-        store=store,
-        workers=workers,
-        entrypoint=f"exec {shlex.join(words)}",      # exec: the signal that stops a job goes to Python, not to a shell
-        env={**env, **CLEAN_STOP},
-        package=package,
-    )
-
-
-def known_schedule_key(recipe: Path, store: Path) -> str | None:
-    """The schedule's key by the last scan of its pictures, where this machine sees the store and a scan is in it."""
-    if not (store / "data").is_dir():
-        return None
-    from deploy.scans import known_manifest
-    from training.store import Store
-
-    loaded = load_recipe(recipe)
-    manifest = known_manifest(loaded.data, Store(store))
-    if manifest is None:
-        return None
-    keys = stage_keys(resolve_stages(loaded), classes=manifest.classes, fingerprint=manifest.fingerprint)
-    return schedule_key(loaded.name, keys)
 
 
 class Jobs:
@@ -159,8 +101,8 @@ class Jobs:
         ~/.ray/auth_token, as Ray has it.
         """
         self.address = checked_address(address)
-        headers = auth_headers()
-        check_head(self.address, headers)
+        self.headers = auth_headers()
+        check_head(self.address, self.headers)
         from ray.job_submission import JobSubmissionClient
 
         for name in ("dashboard_sdk", "job.sdk"):       # a line an upload, a line a closed log
@@ -169,11 +111,12 @@ class Jobs:
         class PatientClient(JobSubmissionClient):  # type: ignore[misc]
             """Ray 2.60's client waits for ever for a head that has gone silent; this one does not."""
 
-            def _do_request(self, *words: Any, **more: Any) -> Any:
-                return super()._do_request(*words, **{"timeout": (CONNECT_S, CALL_S), **more})
+            def _do_request(self, method: str, *words: Any, **more: Any) -> Any:
+                timeout = (CONNECT_S, ASK_S if method == "GET" else UPLOAD_S)
+                return super()._do_request(method, *words, **{"timeout": timeout, **more})
 
         with self.clear_errors(), only_address(self.address):
-            self.client = PatientClient(self.address, headers=headers)
+            self.client = PatientClient(self.address, headers=self.headers)
 
     @contextlib.contextmanager
     def clear_errors(self) -> Iterator[None]:
@@ -204,8 +147,16 @@ class Jobs:
                     raise ClusterError(f"job {job_id}: {said(error)}") from error
         raise ClusterError(f"--address {self.address}: no job {job_id!r}{nearest([job.id for job in self.list()], job_id)}")
 
-    def submit(self, order: Order) -> Submission:
-        """Hands the order over, unless a job that serves it is running already: then gives that one."""
+    def python(self) -> str:
+        """The head's own interpreter. ClusterError where the dashboard does not say."""
+        return head_python(self.address, self.headers)
+
+    def submit(self, order: Order, *, entrypoint: str, runtime_env: Mapping[str, Any]) -> Submission:
+        """Hands the order over, unless a job that serves it is running already: then gives that one.
+
+        entrypoint: what the head's shell runs. runtime_env: Ray's, less the order's variables: a packed working_dir, or a
+        container.
+        """
         for _ in range(COLLISIONS):
             known = self.list()
             before = [job for job in known if job.serves(order)]
@@ -216,29 +167,27 @@ class Jobs:
             attempt = 1 + max((job.attempt for job in (*before, *taken)), default=0)
             job_id = f"{order.key}-{attempt}"
             try:
-                self.hand_over(order, job_id)
+                self.hand_over(order, job_id, entrypoint, {**runtime_env, "env_vars": dict(order.env)})
             except JobExists:
                 logger.info("job %s was submitted by another command just now", job_id)
                 continue
             return Submission(self.get(job_id), fresh=True, before=before[-1] if before else None)
         raise ClusterError(f"--address {self.address}: others submit {order.recipe!r} all the time; try again")
 
-    def hand_over(self, order: Order, job_id: str) -> None:
+    def hand_over(self, order: Order, job_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
         """Uploads the package, if the head has not got it yet, and submits. Raises JobExists, or ClusterError."""
-        runtime_env: dict[str, Any] = {"env_vars": dict(order.env)}
-        if order.package is not None:
-            runtime_env["working_dir"] = str(order.package)
         metadata = {
             "vggrow.recipe": order.recipe,
+            "vggrow.pipeline": order.pipeline,
             "vggrow.key": order.key,
-            "vggrow.recipe_digest": order.recipe_digest,
+            "vggrow.named": order.named,
             "vggrow.store": order.store,
-            "vggrow.workers": str(order.workers),
+            "vggrow.workers": workers_text(order.workers),
         }
         with self.clear_errors():
             try:
                 self.client.submit_job(
-                    entrypoint=order.entrypoint, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
+                    entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
                 )
             except RuntimeError as error:
                 if "already exists" in str(error):
@@ -329,22 +278,24 @@ class Heard:
 
 def as_job(details: Any) -> Job:
     """Ray's JobDetails as ours."""
-    about = details.metadata or {}
+    about, runtime_env = details.metadata or {}, details.runtime_env or {}
     workers = about.get("vggrow.workers")
     return Job(
         id=str(details.submission_id),
         recipe=about.get("vggrow.recipe", ""),
+        pipeline=about.get("vggrow.pipeline", ""),
         key=about.get("vggrow.key", ""),
-        recipe_digest=about.get("vggrow.recipe_digest", ""),
+        named=about.get("vggrow.named", ""),
         status=str(getattr(details.status, "value", details.status)),
         exit_code=details.driver_exit_code,
         message=details.message or "",
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
         store=about.get("vggrow.store", ""),
-        workers=int(workers) if workers else None,
+        workers=read_workers(workers) if workers else None,
         entrypoint=details.entrypoint,
-        env=tuple(sorted((details.runtime_env or {}).get("env_vars", {}))),
+        image=runtime_env.get("container", {}).get("image", ""),
+        env=tuple(sorted(runtime_env.get("env_vars", {}))),
     )
 
 
@@ -360,26 +311,6 @@ def nearest(known: Sequence[str], word: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else "; `vggrow jobs list` has them all"
 
 
-def read_env(pairs: Sequence[str]) -> dict[str, str]:
-    """["K=V", "NAME"] as variables; a name alone has its value in this shell. ClusterError for what is neither."""
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name.isidentifier():
-            raise ClusterError(f"--env {pair}: wanted NAME=VALUE, or the NAME of a variable of this shell")
-        if name in CLEAN_STOP:
-            raise ClusterError(f"--env {name}: is set by vggrow, so that a stopped job leaves a checkpoint; leave it out")
-        if not equals and name not in os.environ:
-            raise ClusterError(f"--env {name}: no such variable in this shell; write {name}=VALUE")
-        found[name] = value if equals else os.environ[name]
-    return found
-
-
-def this_python() -> str:
-    """The interpreter that runs this command, by its absolute path."""
-    return sys.executable
-
-
 def outcome(job: Job) -> int:
     """The exit code that a job that is over stands for: its own; 130 when it was stopped. ClusterError without one."""
     if job.status == "SUCCEEDED":
@@ -387,12 +318,17 @@ def outcome(job: Job) -> int:
     if job.status == "STOPPED":
         return 130
     if job.exit_code == 127:
-        python = job.entrypoint.removeprefix("exec ").partition(" ")[0]
+        python = shlex.split(job.command)[0]
         raise ClusterError(f"job {job.id}: the head has no {python}; name its interpreter by --python")
     if job.exit_code is not None and job.exit_code < 0:
         raise ClusterError(f"job {job.id}: was killed by {signal.Signals(-job.exit_code).name}; submit again to go on")
     if job.exit_code is None:
         lines = [line.strip() for line in job.message.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else "no word why"
+        if job.image and "podman" in reason:
+            raise ClusterError(
+                f"job {job.id}: the head cannot start image {job.image!r} ({reason}); podman must be on every node, and able to"
+                " pull it"
+            )
         raise ClusterError(f"job {job.id}: ended without an exit code of its own ({reason}); submit again to go on")
     return job.exit_code

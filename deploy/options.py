@@ -6,7 +6,28 @@ from typing import Any, TypeVar
 
 import click
 
+from training.worker_count import WorkerCount, read_workers
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class WorkerRange(click.ParamType[WorkerCount]):
+    """N or MIN:MAX, as training.worker_count has it."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> WorkerCount:
+        """A default may come as it is used."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            return read_workers(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What the help shows."""
+        return "N|MIN:MAX"
 
 
 def store_option(command: Command) -> Command:

@@ -3,10 +3,13 @@
 import contextlib
 import logging
 import os
+import shlex
 import stat
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -15,6 +18,8 @@ from vggcore.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+WORKER_COMMAND = "--python_worker_command="
+REPORT_S = 15.0                      # a head that has just started reports its processes some seconds later
 CONNECT_S, ANSWER_S = 3.0, 5.0       # together below the 10 s within which a silent head must be named
 
 
@@ -47,6 +52,45 @@ def check_head(address: str, headers: dict[str, str]) -> None:
             f"--address {shown(address)}: answers HTTP {answer.status_code}, but is no Ray dashboard, whose port is mostly 8265"
         ) from error
     logger.info("%s: Ray %s", shown(address), version)
+
+
+def head_python(address: str, headers: dict[str, str]) -> str:
+    """The interpreter that the head starts its workers with, by its absolute path, from its raylet's command line.
+
+    Ray 2.60's dashboard gives it for each node; ClusterError when it does not, or gives no absolute path.
+    """
+    deadline = time.monotonic() + REPORT_S
+    while (command := worker_command(ask_nodes(address, headers))) is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if command and command[0].startswith("/"):
+        return command[0]
+    raise ClusterError(
+        f"--address {shown(address)}: the head's dashboard does not say which interpreter it runs; name it by --python"
+    )
+
+
+def ask_nodes(address: str, headers: dict[str, str]) -> Any:
+    """What the dashboard says of the nodes; None when that is no JSON. ClusterError from a head that does not answer."""
+    try:
+        return requests.get(f"{address}/nodes?view=summary", headers=headers, timeout=(CONNECT_S, ANSWER_S)).json()
+    except requests.exceptions.JSONDecodeError:
+        return None
+    except requests.RequestException as error:
+        raise silent_head(address, short_reason(error)) from error
+
+
+def worker_command(nodes: Any) -> list[str] | None:
+    """How the living head starts a worker; empty when that is not as in Ray 2.60, None when it has not reported it yet."""
+    try:
+        for node in nodes["data"]["summary"]:
+            if node["raylet"].get("isHeadNode") and node["raylet"].get("state") == "ALIVE":
+                if not node.get("cmdline"):
+                    return None
+                (word,) = [word for word in node["cmdline"] if word.startswith(WORKER_COMMAND)]
+                return shlex.split(word.removeprefix(WORKER_COMMAND))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        logger.debug("the dashboard's list of nodes has another shape than that of Ray 2.60")
+    return []
 
 
 def silent_head(address: str, reason: str) -> ClusterError:

@@ -230,6 +230,17 @@ class Cluster:
                     continue
             time.sleep(0.05)
 
+    def pause(self, node: Node, number: signal.Signals) -> None:
+        """SIGSTOP: the node answers nothing, as when its cable is pulled; SIGCONT: it is there again."""
+        for pid in processes(node.namespace):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def join(self, node: Node) -> None:
+        """Starts Ray on a node whose power had failed, and waits until the head counts it."""
+        self.start_node(node, f"--address={self.head.ip}:6379").wait_well()
+        wait_for(lambda: not self.problems(), START_S, lambda: f"{self.prefix}: {'; '.join(self.problems())}")
+
     def restart_ray(self) -> None:
         """The head's power fails and comes back; without a fault-tolerant GCS the nodes start anew too."""
         for node in (self.head, *self.nodes):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -20,6 +22,7 @@ from tests.end_to_end.test_resume import iterations, stage_folder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
+SIGSTOP, SIGCONT = signal.SIGSTOP, signal.SIGCONT
 JOB_S = 600.0        # a job takes 40 s on two idle cores
 LONG = 20_000        # epochs that no test waits for
 
@@ -48,6 +51,12 @@ class Client:
     def submitting(self, *more: object, log: Path) -> subprocess.Popen[bytes]:
         """Starts it; stdout and stderr go to the log."""
         words = [*VGGROW, *map(str, (*self.submit_words, *more))]
+        with log.open("w") as file:
+            return subprocess.Popen(words, stdout=file, stderr=file, env=environment(**self.cluster.secrets))
+
+    def following(self, job_id: str, *, log: Path) -> subprocess.Popen[bytes]:
+        """`vggrow jobs logs -f`; its words go to the log."""
+        words = [*VGGROW, "jobs", "logs", job_id, "-f", "--address", self.cluster.address]
         with log.open("w") as file:
             return subprocess.Popen(words, stdout=file, stderr=file, env=environment(**self.cluster.secrets))
 
@@ -210,6 +219,42 @@ def iterations_of(client: Client) -> int:
     return iterations(client.store) if (client.store / "stages").exists() and any((client.store / "stages").iterdir()) else 0
 
 
+def world_sizes(client: Client) -> list[int]:
+    """How many workers each start of training had."""
+    rows = (stage_folder(client.store) / "starts.jsonl").read_text().splitlines()
+    return [json.loads(row)["world_size"] for row in rows]
+
+
+def test_a_range_of_workers_goes_on_without_a_node_that_died_and_with_it_when_it_is_back(make_client, cluster, tmp_path):
+    client = make_client("elastic", epochs=LONG)
+    lost = cluster.nodes[1]
+    submitted = client.submit("--workers", "1:2")
+    job_id = submitted_id(submitted)
+    wait_until(lambda: iterations_of(client) >= 10, timeout_s=JOB_S)
+    began = time.monotonic()
+
+    cluster.kill(lost)
+    try:
+        wait_until(lambda: world_sizes(client)[-1] == 1, timeout_s=120)
+        alone_after_s = time.monotonic() - began
+        seen = iterations_of(client)
+        wait_until(lambda: iterations_of(client) > seen + 10, timeout_s=60)
+    finally:
+        cluster.join(lost)
+    wait_until(lambda: world_sizes(client)[-1] == 2, timeout_s=120)
+    seen = iterations_of(client)
+    wait_until(lambda: iterations_of(client) > seen + 10, timeout_s=60)
+    stopped = client.jobs("stop", job_id)
+
+    assert world_sizes(client) == [2, 1, 2]
+    assert alone_after_s < 60, alone_after_s
+    assert stopped.stdout == f"{job_id}: stopped\n", stopped.stderr
+    rows = map(json.loads, (stage_folder(client.store) / "history.jsonl").read_text().splitlines())
+    walked = [row["iteration"] for row in rows if "epoch" not in row]
+    assert walked == list(range(1, len(walked) + 1))           # each iteration once, none left out
+    assert client.epochs() == list(range(1, len(client.epochs()) + 1))
+
+
 def test_a_stopped_job_leaves_a_checkpoint_and_a_killed_run_and_submitting_again_finishes_it(make_client):
     client = make_client("stopped", epochs=60)
     job_id = submitted_id(client.submit("--workers", 2))
@@ -243,6 +288,46 @@ def test_when_the_head_comes_back_after_a_power_cut_submitting_again_finishes(ma
     assert again.returncode == 0, again.stderr
     assert client.epochs() == list(range(1, 61))
     assert client.run_statuses() == {"A-36": "FINISHED", "photos": "FINISHED"}
+
+
+def test_a_head_that_falls_silent_is_named_and_the_job_is_met_again_when_it_speaks(make_client, cluster, tmp_path):
+    client = make_client("silent", epochs=LONG)
+    follower = client.submitting("--follow", log=tmp_path / "log")
+    wait_until(lambda: "A-36: epoch" in (tmp_path / "log").read_text(), timeout_s=JOB_S)
+    job_id = (tmp_path / "log").read_text().split("submitted ")[1].split()[0]
+    began = time.monotonic()
+
+    cluster.pause(cluster.head, SIGSTOP)
+    try:
+        code = follower.wait(60)
+        took_s = time.monotonic() - began
+    finally:
+        cluster.pause(cluster.head, SIGCONT)
+    back = client.following(job_id, log=tmp_path / "back")
+    wait_until(lambda: "A-36: epoch" in (tmp_path / "back").read_text(), timeout_s=60)
+    seen = iterations_of(client)
+    wait_until(lambda: iterations_of(client) > seen + 5, timeout_s=60)
+    stopped = client.jobs("stop", job_id)
+
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert code == 2 and took_s < 40, took_s
+    assert last.startswith(f"error: --address {cluster.address}: no Ray head answers (no answer within")
+    assert stopped.stdout == f"{job_id}: stopped\n", stopped.stderr
+    assert back.wait(30) == 130
+
+
+def test_submit_for_programs_is_json_and_nothing_else_on_stdout(make_client):
+    client = make_client("program", epochs=1)
+
+    done = client.submit("--json")
+    attached = client.submit("--json", "--follow")
+
+    assert done.returncode == 0, done.stderr
+    job, again = json.loads(done.stdout), json.loads(attached.stdout)
+    assert job["fresh"] is True and 10_000 < job["package_bytes"] < 2**20
+    assert (job["recipe"], job["pipeline"], job["workers"], job["attempt"]) == ("photos", "", 1, 1)
+    assert job["store"] == str(client.store) and job["command"].endswith(f"--tracking {client.cluster.tracking}")
+    assert (again["id"], again["fresh"], again["status"], again["exit_code"]) == (job["id"], False, "SUCCEEDED", 0)
 
 
 def test_a_job_that_fails_ends_with_its_own_code_and_its_own_line(make_client):
@@ -289,6 +374,20 @@ def test_an_interpreter_that_the_head_has_not_got_is_named(make_client):
 def submitted_id_of(done: subprocess.CompletedProcess[str]) -> str:
     """The id on stdout, however the job ended."""
     return done.stdout.split()[1]
+
+
+def test_an_image_that_the_head_cannot_start_is_named_in_one_line(make_client):
+    if shutil.which("podman"):
+        pytest.skip("this machine has podman")
+    client = make_client("image", epochs=2)
+
+    done = client.submit("--follow", "--image", "registry/vggrow:1")
+
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"error: job \S+: the head cannot start image 'registry/vggrow:1' .*podman must be on every node", last)
+    shown = client.job(submitted_id_of(done))
+    assert shown["image"] == "registry/vggrow:1" and str(shown["command"]).startswith("python -m deploy train photos.toml")
 
 
 # fmt: off
