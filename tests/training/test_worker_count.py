@@ -3,8 +3,8 @@
 import pytest
 
 from deploy.options import WorkerRange
-from training.run import Where, check_where, threads_for
 from training.store import Store
+from training.where import Where, check_where, threads_for
 from training.worker_count import most, read_workers, workers_text
 from vggcore.errors import RecipeError
 from vggcore.recipe import parse_recipe
