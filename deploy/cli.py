@@ -120,6 +120,13 @@ def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: this machine's cores / workers]")
 @click.option("--address", metavar="HOST:PORT", help="Ray head to run on.  [default: RAY_ADDRESS, else Ray on this machine]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where torch finds a GPU here, else cpu]")
+@click.option(
+    "--cache-gib",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Sets whose decoded pictures take no more are kept decoded in the store; 0: none.",
+)
 @click.option("--yardsticks", is_flag=True, help="Also fit plain scikit-learn classifiers on the same pictures.")
 @store_option
 @tracking_option
@@ -129,6 +136,7 @@ def train(
     threads: int | None,
     address: str | None,
     device: str | None,
+    cache_gib: float,
     yardsticks: bool,
     store: str,
     tracking: str | None,
@@ -168,6 +176,7 @@ def train(
         threads=threads or threads_for(workers),
         address=address,
         device=device or default_device(),
+        cache_gib=cache_gib,
     )
     try:
         line = run_line(

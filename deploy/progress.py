@@ -108,7 +108,7 @@ class Progress(Listener):
 
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         """Says so; what comes again until the iteration that was reached is passed over."""
-        self.say(f"{stage.name}: workers died and were started again; training goes on from iteration {iteration}")
+        self.say(f"{stage.name}: its workers were started anew; training goes on from iteration {iteration}")
         self.lines[key].seen = []
 
     def checkpoint_passed_over(self, stage: Stage, key: str, words: str) -> None:

@@ -73,7 +73,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bit_by_bit(uni
         running.kill_everything()
 
     assert code == 0, running.output()
-    assert "workers died and were started again" in running.output()
+    assert "its workers were started anew" in running.output()
     assert weights(store) == weights(uninterrupted)
     assert journal(store) == journal(uninterrupted)
 
