@@ -1,0 +1,125 @@
+"""Disks and files that fail in the middle of a run: one line, nothing lost, and the same command goes on."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.command import Running, vggrow, wait_until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts small filesystems: root alone may"),
+]
+
+
+@contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[Path]:
+    """A filesystem of so many MiB."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def checkpoints(store: Path) -> int:
+    return len(list((store / "stages").glob("*/checkpoints/iteration-*")))
+
+
+def iterations(store: Path) -> list[int]:
+    """The iterations of the journal."""
+    (history,) = (store / "stages").glob("*/history.jsonl")
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    return [row["iteration"] for row in rows if "epoch" not in row]
+
+
+def one_error(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output
+    return line
+
+
+@pytest.mark.timeout(600)
+def test_a_store_that_takes_no_writes_ends_with_one_line_and_goes_on_when_it_does(make_recipe, tmp_path):
+    recipe = make_recipe(epochs=400, every="20 iterations")
+    with small_disk(tmp_path / "disk", 200) as disk:
+        store = disk / "store"
+        words = ("train", recipe, "--store", store, "--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        running = Running(*words, log=tmp_path / "log")
+        try:
+            wait_until(lambda: checkpoints(store) >= 2, timeout_s=120, running=running)
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            code = running.wait(120)
+        finally:
+            running.kill_everything()
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        line = one_error(running.output())
+        again = Running(*words, log=tmp_path / "again")
+        try:
+            reached = max(iterations(store))
+            wait_until(lambda: max(iterations(store)) > reached + 5, timeout_s=120, running=again)
+        finally:
+            again.kill_everything()
+
+        assert code == 2 and "Read-only file system" in line and "start the same command again" in line
+        assert len(set(iterations(store))) == len(iterations(store))
+
+
+@pytest.mark.timeout(600)
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_the_run_goes_on_once_there_is_room(make_recipe, tmp_path):
+    recipe = make_recipe(epochs=400, every="20 iterations")
+    with small_disk(tmp_path / "disk", 200) as disk:
+        store = disk / "store"
+        words = ("train", recipe, "--store", store, "--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}", "--cache-gib", 0)
+        running = Running(*words, log=tmp_path / "log")
+        try:
+            wait_until(lambda: checkpoints(store) >= 2, timeout_s=120, running=running)
+            ballast = disk / "ballast"
+            subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=64k"], capture_output=True)
+            code = running.wait(120)
+        finally:
+            running.kill_everything()
+        line = one_error(running.output())
+        whole = vggrow("status", store, "--json")
+        ballast.unlink()
+        again = Running(*words, log=tmp_path / "again")
+        try:
+            wait_until(lambda: again.process.poll() is not None or "epoch" in again.output(), timeout_s=120)
+            assert again.process.poll() is None, again.output()
+        finally:
+            again.kill_everything()
+
+        assert code == 2 and "No space left" in line and "start the same command again" in line
+        (stage,) = json.loads(whole.stdout)[0]["stages"]
+        assert stage["state"] in ("failed", "stopped")
+        assert "broken checkpoint" not in again.output()
+
+
+@pytest.mark.timeout(600)
+def test_a_bit_that_flips_on_disk_is_passed_over_and_said(make_recipe, tmp_path):
+    recipe, store = make_recipe(epochs=400, every="20 iterations"), tmp_path / "store"
+    running = Running("train", recipe, "--store", store, log=tmp_path / "log")
+    try:
+        wait_until(lambda: checkpoints(store) >= 2, timeout_s=120, running=running)
+    finally:
+        running.kill_everything()
+    (folder,) = (store / "stages").glob("*/checkpoints")
+    newest = max(folder.glob("iteration-*"), key=lambda path: int(path.name.partition("-")[2]))
+    content = bytearray((newest / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (newest / "optimizer.pt").write_bytes(bytes(content))
+    again = Running("train", recipe, "--store", store, log=tmp_path / "again")
+    try:
+        wait_until(lambda: "broken checkpoint was passed over" in again.output(), timeout_s=120, running=again)
+        wait_until(lambda: (folder / f"broken-{newest.name}").exists(), timeout_s=60, running=again)
+    finally:
+        again.kill_everything()
+
+    said = [line for line in again.output().splitlines() if "broken checkpoint was passed over, the one before is used" in line]
+    assert len(said) == 1 and f"{newest.name}/optimizer.pt" in said[0]
