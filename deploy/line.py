@@ -84,12 +84,12 @@ def run_line(
         require_scikit()
     uri = resolve_tracking(tracking, store.root)
     check_tracking(uri)
-    make_database(uri)
     manifest = scan_data(recipe.data, store, threads=cores())
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     key = schedule_key(recipe.name, keys)
     with hold(store, f"schedule-{key}", what=f"the schedule of recipe {recipe.name!r} ({key})"):
         tags = {"vggrow.recipe": recipe.name, "vggrow.fingerprint": manifest.fingerprint}
+        make_database(uri)
         tracker = open_tracker(
             uri,
             store,

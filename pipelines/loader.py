@@ -348,7 +348,7 @@ class Cached:
         return self.cache.windows(self.rows[indices], start, end)
 
 
-def columns_of(pictures: Pictures, rows: Views, mean: NDArray[np.float64], cache: Cached | None) -> dict[str, Any]:
+def columns_of(pictures: Pictures, rows: Views, mean: NDArray[np.float64], cache: Cached | None = None) -> dict[str, Any]:
     """Views as the graphs' columns; the colour shift is folded into the mean that is subtracted."""
     where = window(rows, pictures.heights[rows.picture], pictures.widths[rows.picture])
     if cache is not None:

@@ -24,7 +24,7 @@ from training.parents import is_done
 from training.store import hold, read_json, request_stop
 from training.where import Where
 from training.worker import StageJob, train_stage
-from vggcore.errors import StoreError, TrainingError, VggrowError
+from vggcore.errors import ClusterError, StoreError, TrainingError, VggrowError
 from vggcore.nets import layer_table
 from vggcore.recipe import NetName
 from vggcore.schedule import Stage
@@ -190,6 +190,11 @@ class FitThread(threading.Thread):
             cause = getattr(one, "base_exc", one)          # Ray's UserExceptionWithTraceback
             if isinstance(cause, VggrowError):
                 return cause
+            if "Gloo connectFullMesh failed" in str(cause):
+                return ClusterError(
+                    f"stage {self.job.stage.name!r}: the workers do not reach one another (Gloo connectFullMesh failed); set"
+                    " GLOO_SOCKET_IFNAME on every node to the card that the others see, such as eth0, where Ray is started"
+                )
         if failures and all(isinstance(one, ray.exceptions.RayActorError) for one in failures):
             return TrainingError(
                 f"stage {self.job.stage.name!r}: its workers died more than {MAX_FAILURES} times; look for what kills them"

@@ -1,6 +1,5 @@
 """The Kubernetes manifests and the Dockerfile, by what the repository itself holds: there is no cluster to ask here."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -16,6 +15,8 @@ import pytest
 import yaml
 from typed_commands import parse
 
+from deploy.pipeline_file import load_pipeline
+from training.worker_count import most
 from vggcore.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,15 +265,18 @@ def test_files_that_commands_name_are_in_the_config_and_are_what_they_should_be(
     )
 
 
-def test_the_pipeline_in_the_config_is_one(tmp_path):
-    if importlib.util.find_spec("deploy.pipeline_file") is None:
-        pytest.skip("retraining is not there yet")
-    from deploy.pipeline_file import load_pipeline
-
+def test_a_tick_of_the_pipeline_in_the_config_finds_room_on_each_cluster_that_runs_it(tmp_path):
     for name, text in OBJECTS["config/ConfigMap"]["data"].items():
         (tmp_path / name).write_text(text)
 
-    assert load_pipeline(tmp_path / "pipeline.toml").run.workers == 4
+    run = load_pipeline(tmp_path / "pipeline.toml").run
+
+    assert run.address == "auto" and run.threads is not None
+    for name in ("ray-cron-job/RayCronJob", "ray-cluster/RayCluster"):
+        (group,) = RAY_SPECS[name]["workerGroupSpecs"]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert most(run.workers) <= group["maxReplicas"]
+        assert run.threads <= int(limits["cpu"])
 
 
 def test_names_meet_secrets_services_and_claims():

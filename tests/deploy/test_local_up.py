@@ -16,11 +16,29 @@ import pytest
 import requests
 from mlflow_server import free_port
 
+from deploy.ticks import Ticks
+from tests.end_to_end.command import wait_until
+from tests.end_to_end.conftest import RECIPE
+from tests.pipelines.photo_folders import make_photo_folder
+from training.store import Store
+
 pytest.importorskip("flask_wtf", reason="the extra server is not installed: no MLflow server with users")
 
 ROOT = Path(__file__).resolve().parents[2]
 UP, DOWN = ROOT / "deploy/local/up", ROOT / "deploy/local/down"
 BIN = Path(sys.executable).parent
+PIPELINE = """
+name = "weekly"
+recipe = "photos.toml"
+[timetable]
+cron = "* * * * *"
+[run]
+address = "127.0.0.1:{ray}"
+threads = 1
+device = "cpu"
+store = "store"
+tracking = "http://127.0.0.1:{mlflow}"
+"""
 
 
 class Local:
@@ -45,6 +63,12 @@ class Local:
     def in_env(self, command: str) -> subprocess.CompletedProcess[str]:
         """Runs `command` in a shell that has sourced the state's env file."""
         return self.run("bash", "-c", f". '{self.state}/env' && {command}")
+
+    def ticks(self, pipeline: Path) -> list[str]:
+        """What became of each tick of a pipeline that has ended, as its history says."""
+        answer = self.in_env(f"vggrow history --json '{pipeline}'")
+        assert answer.returncode == 0, answer.stderr
+        return [tick["outcome"] for tick in json.loads(answer.stdout) if tick["finished"]]
 
     def processes(self) -> dict[int, str]:
         """Every live process whose environment names this state folder's marks, with its command line."""
@@ -184,6 +208,35 @@ def test_up_lets_in_who_has_the_secrets_and_down_ends_all_of_it(local, tmp_path)
 
     down_leaves_nothing(local)
     assert local.run(DOWN).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pipeline_gets_its_champion_on_the_servers_of_up_and_its_ticks_from_the_timetable(local, tmp_path):
+    make_photo_folder(tmp_path / "photos", per_class=20, split=True, size=(48, 72))
+    (tmp_path / "photos.toml").write_text(RECIPE.format(root=tmp_path / "photos", epochs=1, every="5min"))
+    pipeline = tmp_path / "pipeline.toml"
+    pipeline.write_text(PIPELINE.format(ray=local.ray, mlflow=local.mlflow))
+    started = local.run(UP)
+    assert started.returncode == 0, started.stderr
+
+    stranger = local.run("vggrow", "retrain", pipeline)
+    assert stranger.returncode == 2 and "HTTP 401" in stranger.stderr
+    trained = local.in_env(f"vggrow retrain '{pipeline}'")
+    assert trained.returncode == 0, trained.stderr
+
+    listed = local.in_env(f"vggrow models list --json --store '{tmp_path}/store' --tracking http://127.0.0.1:{local.mlflow}")
+    assert [(model["name"], model["aliases"]) for model in json.loads(listed.stdout)] == [("photos", {"champion": "1"})]
+    assert local.ticks(pipeline) == ["promoted"]
+    assert list(Path((local.state / "ray_folder").read_text().strip()).glob("session_latest/logs/train/*-worker-*"))
+
+    scheduled = local.run(UP, pipeline)      # the servers run already: the timetable alone is started
+    assert scheduled.returncode == 0, scheduled.stderr
+    recorded = Ticks.of(Store(tmp_path / "store"), "weekly")
+    wait_until(lambda: len([tick for tick in recorded.all() if tick.finished]) >= 2, timeout_s=150)
+    assert local.ticks(pipeline)[:2] == ["promoted", "nothing new"]
+
+    down_leaves_nothing(local)
 
 
 @pytest.mark.slow

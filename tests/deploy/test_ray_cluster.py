@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,13 @@ def test_commands_are_words_that_bash_understands(name):
 
 
 @pytest.mark.parametrize("name", ["ray_cluster.yaml", "deploy/clusters/on-premises.yaml"])
-def test_the_train_commands_in_the_comments_are_ones_that_vggrow_takes(name):
+def test_the_commands_in_the_comments_are_ones_that_vggrow_takes(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    lines = re.findall(r"'(vggrow train [^']+)'", text)
+    trained = re.findall(r"'(vggrow train [^']+)'", text)
+    submitted = re.findall(r"^#   (vggrow submit .*(?:\n#       .*)*)", text, flags=re.MULTILINE)
 
-    assert lines
-    for line in lines:
+    assert trained and submitted
+    for line in (*trained, *(words.replace("\n#", " ") for words in submitted)):
         parse(shlex.split(line))
 
 
@@ -174,3 +176,23 @@ def test_the_store_on_premises_lies_in_the_folder_that_must_be_mounted(on_premis
     (mounted,) = re.findall(r"mountpoint -q (\S+)", commands)
 
     assert Path(store).is_relative_to(mounted)
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
+def test_a_machine_on_premises_gives_ray_the_address_by_which_ssh_came_and_torch_the_card_that_has_it(on_premises, tmp_path):
+    ray = tmp_path / "venv/bin/ray"
+    ray.parent.mkdir(parents=True)
+    ray.write_text('#!/bin/sh\necho "$@" GLOO=$GLOO_SOCKET_IFNAME V2=$RAY_enable_autoscaler_v2 MODE=$RAY_AUTH_MODE\n')
+    ray.chmod(0o755)
+    # What is there when `ray up` and the head's autoscaler run the commands: 192.0.2.9 has come to 127.0.0.1.
+    place = {"HOME": str(tmp_path), "SSH_CONNECTION": "192.0.2.9 51234 127.0.0.1 22", "RAY_HEAD_IP": "192.0.2.1"}
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "RAY_enable_autoscaler_v2": "1", **place}
+
+    head, worker = (
+        subprocess.run(["bash", "-c", on_premises[name][-1]], env=environment, capture_output=True, text=True).stdout
+        for name in ("head_start_ray_commands", "worker_start_ray_commands")
+    )
+
+    assert "--head" in head and "--node-ip-address=127.0.0.1 --port=6379" in head and " V2=0 MODE=token" in head
+    assert "--address=192.0.2.1:6379 --node-ip-address=127.0.0.1 " in worker and " GLOO=lo " in worker
+    assert "MODE=token" in worker

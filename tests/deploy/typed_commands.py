@@ -4,8 +4,6 @@ import click
 
 from deploy.cli import vggrow
 
-COMING = {"retrain"}      # named by the manifests; checked like the others from the day it is there
-
 
 def parse(words: list[str]) -> None:
     """click's own UsageError for a command or an option that is not there; files that are named need not be."""
@@ -13,9 +11,6 @@ def parse(words: list[str]) -> None:
     command: click.Command = vggrow
     rest = words[1:]
     while isinstance(command, click.Group):
-        if rest[0] in COMING - set(command.commands):
-            assert not any(word.startswith("-") for word in rest), f"{rest}: options of a command that is not there yet"
-            return
         found = command.commands.get(rest[0])
         if found is None:
             raise click.UsageError(f"no such command: {' '.join(words)}")

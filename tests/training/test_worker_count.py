@@ -44,7 +44,7 @@ def test_what_is_neither_is_named(text):
 
 
 def test_the_cores_are_shared_by_the_most_workers(monkeypatch):
-    monkeypatch.setattr("training.run.cores", lambda: 8)
+    monkeypatch.setattr("training.where.cores", lambda: 8)
 
     assert [threads_for(workers) for workers in (1, 3, (1, 4), 16)] == [8, 2, 2, 1]
 
