@@ -32,43 +32,10 @@ def checkpoints(store: Path) -> int:
     return len(list((store / "stages").glob("*/checkpoints/iteration-*")))
 
 
-def iterations(store: Path) -> list[int]:
-    """The iterations of the journal."""
-    (history,) = (store / "stages").glob("*/history.jsonl")
-    rows = [json.loads(line) for line in history.read_text().splitlines()]
-    return [row["iteration"] for row in rows if "epoch" not in row]
-
-
 def one_error(output: str) -> str:
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in output
     return line
-
-
-@pytest.mark.timeout(600)
-def test_a_store_that_takes_no_writes_ends_with_one_line_and_goes_on_when_it_does(make_recipe, tmp_path):
-    recipe = make_recipe(epochs=400, every="20 iterations")
-    with small_disk(tmp_path / "disk", 200) as disk:
-        store = disk / "store"
-        words = ("train", recipe, "--store", store, "--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}")
-        running = Running(*words, log=tmp_path / "log")
-        try:
-            wait_until(lambda: checkpoints(store) >= 2, timeout_s=120, running=running)
-            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-            code = running.wait(120)
-        finally:
-            running.kill_everything()
-            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        line = one_error(running.output())
-        again = Running(*words, log=tmp_path / "again")
-        try:
-            reached = max(iterations(store))
-            wait_until(lambda: max(iterations(store)) > reached + 5, timeout_s=120, running=again)
-        finally:
-            again.kill_everything()
-
-        assert code == 2 and "Read-only file system" in line and "start the same command again" in line
-        assert len(set(iterations(store))) == len(iterations(store))
 
 
 @pytest.mark.timeout(600)
