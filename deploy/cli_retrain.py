@@ -47,9 +47,12 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
     from deploy.pipeline_file import load_pipeline
 
     loaded = load_pipeline(pipeline)
+    if accept is not None and not accept.strip():
+        raise click.UsageError('--accept needs a REASON, which is recorded; it is empty')
     if loaded.run.is_job:
         sys.exit(run_as_job(pipeline, loaded, dry_run=dry_run, accept=accept, as_json=as_json))
     from deploy.notify import read_secret
+    from deploy.tracking_address import check_tracking, resolve_tracking
     from training.ray_address import check_address
     from vggcore.recipe import load_recipe
 
@@ -58,6 +61,7 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
         read_secret(loaded.notify)
     if loaded.run.address is not None:
         check_address(loaded.run.address)
+    check_tracking(resolve_tracking(loaded.run.tracking, loaded.run.store), before_store=True)
     from deploy.retrain import retrain as run_tick
     from deploy.retrain import tick_text
     from deploy.ticks import stop_problem
@@ -74,7 +78,8 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
     elif problem is None:
         click.echo("\n".join(tick_text(tick)))
     if problem is not None:
-        raise DatasetError(f"{pipeline}: {problem}; mend the pictures, or train on them by --accept REASON")
+        may = ", or train on them by --accept REASON" if tick.records["scan"]["problem"] is None else ""
+        raise DatasetError(f"{pipeline}: {problem}; mend the pictures{may}")
 
 
 def run_as_job(path: Path, pipeline: "Pipeline", *, dry_run: bool, accept: str | None, as_json: bool) -> int:

@@ -8,6 +8,13 @@ from typing import Any
 from deploy.gate import Check, ClassChange, Decision
 
 
+def needed_text(found: Mapping[str, Any]) -> str:
+    """What gain would have been enough, and how often a model truly that much better would pass."""
+    if found["needed_gain"] is None:
+        return "needed gain    none would be enough with so few pictures"
+    return f"needed gain    {points(found['needed_gain'])} points, power there {100 * found['power']:.0f} %"
+
+
 def decision_text(found: Mapping[str, Any]) -> str:
     """A decision's JSON (Decision.to_json) as lines: verdict, counts, classes, conditions."""
     lines = [
@@ -20,7 +27,7 @@ def decision_text(found: Mapping[str, Any]) -> str:
         lines += [
             f"gain           {points(found['gain'])} points ({found['metric']}), at least {points(found['gain_low'])}",
             f"p              {found['p_value']:.4g}, limit {found['alpha_k']:.4g} (use {found['use']} of the list)",
-            f"needed gain    {points(found['needed_gain'])} points, power there {100 * found['power']:.0f} %",
+            needed_text(found),
             "",
             f"{'gate pictures':<24}{'champion right':>16}{'champion wrong':>16}",
             f"{'challenger right':<24}{counts['both_right']:>16,}{counts['only_challenger']:>16,}",

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from deploy.decision_history import history, registry_folder
 from deploy.decision_page import decision_of_json
 from deploy.gate_chart import decision_figure
-from deploy.registry import CHALLENGER, CHAMPION, get_model, model_lock
+from deploy.registry import CHALLENGER, CHAMPION, DECISION_ID_TAG, get_model, model_lock
 from deploy.registry_versions import copied, find_champion, find_copy, full_name, number
 from deploy.registry_webhook import put_message
 from deploy.rights import DENIED, GONE, no_right
@@ -36,7 +36,6 @@ DECISION_TAG = "vggrow.decision"                  # promoted, refused, rolled ba
 REASON_TAG = "vggrow.decision_reason"
 AT_TAG = "vggrow.decided_at"
 BY_TAG = "vggrow.decided_by"
-ID_TAG = "vggrow.decision_id"
 BEFORE_TAG = "vggrow.champion_before"             # MODEL/VERSION that was champion before this one
 ROLLED_BACK_TAG = "vggrow.rolled_back"            # when; the gate alone does not promote such a version again
 PROMOTED, REFUSED, ROLLED_BACK = "promoted", "refused", "rolled back"
@@ -141,7 +140,7 @@ def record(client: MlflowClient, model: str, version: str, plan: Mapping[str, An
         REASON_TAG: plan["reason"][:REASON_CHARACTERS],
         AT_TAG: plan["at"],
         BY_TAG: plan["by"],
-        ID_TAG: plan["id"],
+        DECISION_ID_TAG: plan["id"],
     }
     if plan["action"] == PROMOTED and plan["champion_before"]:
         tags[BEFORE_TAG] = f"{plan['model']}/{plan['champion_before']}"

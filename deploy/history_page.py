@@ -10,7 +10,7 @@ import jinja2
 
 from deploy.decision_history import history
 from deploy.pipeline_file import Pipeline
-from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, ticks_name
+from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, bare, ticks_name
 from training.store import Store
 from vggcore.errors import StoreError
 from vggcore.recipe import load_recipe
@@ -89,6 +89,13 @@ def draw(ticks: Sequence[Tick]) -> Drawing | None:
     )
 
 
+def what_by_hand(one: dict[str, Any]) -> str:
+    """A decision in words: which version was promoted, refused, or rolled back, and to which."""
+    if one["action"] == "rolled back":
+        return f"version {one['champion_before']} rolled back, version {one['version']} champion again"
+    return f"version {one['version']} {one['action']}"
+
+
 def by_hand(pipeline: Pipeline) -> list[dict[str, Any]]:
     """What people decided about the pipeline's model, outside its ticks, the oldest first: lines of the registry's history."""
     lines = history(Store(pipeline.run.store), load_recipe(pipeline.recipe).name)
@@ -105,6 +112,7 @@ def write_page(pipeline: Pipeline, ticks: Sequence[Tick], decisions: Sequence[di
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters["percent"] = lambda share: "–" if share is None else f"{share:.2%}"
+    environment.filters["by_hand"] = what_by_hand
     environment.filters["when"] = lambda text: text[:16].replace("T", " ") if text else "–"
     page = environment.get_template("history.html.j2").render(
         pipeline=pipeline,
@@ -146,5 +154,5 @@ def history_text(ticks: Sequence[Tick], decisions: Sequence[dict[str, Any]]) -> 
     lines += [[""]] if decisions else []
     for one in decisions:
         moment_of = one["at"][:16].replace("T", " ")
-        lines.append([f"by hand, {moment_of}: version {one['version']} {one['action']} by {one['by']} ({one['reason']})"])
+        lines.append([f"by hand, {moment_of}: {what_by_hand(one)} by {one['by']} ({bare(one['reason'])})"])
     return "\n".join("  ".join(line) for line in lines)

@@ -32,6 +32,7 @@ from deploy.registry_versions import (
     reread,
 )
 from deploy.rights import check_rights, whoever
+from deploy.ticks import bare
 from training.store import Store
 from vggcore.digest import digest
 from vggcore.errors import RegistryError
@@ -288,4 +289,4 @@ def outcome_text(outcome: Outcome) -> str:
         return f"{model}: already champion"
     if outcome.action == ROLLED_BACK:
         return f"{model}: champion again ({outcome.reason}; version {outcome.champion_before} was)"
-    return f"{model}: {would}{outcome.action} ({outcome.reason.removeprefix(outcome.action + ': ')})"
+    return f"{model}: {would}{outcome.action} ({bare(outcome.reason)})"

@@ -22,6 +22,7 @@ from vggcore.recipe import nearest
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 STAGE_KEY_TAG = "vggrow.stage_key"
+DECISION_ID_TAG = "vggrow.decision_id"
 MODEL_ID_TAG = "vggrow.model_id"         # the logged model: the same weights under another test protocol are another one
 TOP1_TAG = "vggrow.test_top1_accuracy"
 DECIDED_TAG = "vggrow.alias_decided"     # champion or challenger: once given, an alias is not given again to a version
@@ -236,11 +237,18 @@ def show_model(client: MlflowClient, name: str, store: Store | None = None) -> M
             run_id=version.run_id or None,
             source=version.source,
             tags=dict(version.tags),
-            decisions=tuple(last_decisions(store, name, str(version.version))) if store is not None else (),
+            decisions=decisions_of(store, version) if store is not None else (),
         )
         for version in versions
     )
     return ModelPage(name=name, aliases=aliases, versions=lines)
+
+
+def decisions_of(store: Store, version: ModelVersion) -> tuple[dict[str, Any], ...]:
+    """What the store knows of a version's decisions; those of a model of the same name on another server are not its own."""
+    if DECISION_ID_TAG not in version.tags:
+        return ()
+    return tuple(last_decisions(store, version.name, str(version.version)))
 
 
 def all_models(client: MlflowClient) -> list[RegisteredModel]:

@@ -16,13 +16,15 @@ from deploy.pipeline_file import Pipeline
 from deploy.signals import Signals
 from deploy.tick_end import ask_gate, fail, supersede, tell, tell_waiting
 from deploy.tick_look import look, recipe_digest, scan_and_decide
-from deploy.tick_train import PicturesChanged, run_schedule
+from deploy.tick_train import PicturesChanged, run_schedule, where_of
 from deploy.tick_work import Work
-from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Tick, facts_of
+from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Tick, bare, facts_of
 from deploy.tracking_address import check_tracking, make_database, resolve_tracking
-from training.store import hold, open_store
+from training.store import Store, hold, open_store
+from training.where import check_where
 from vggcore.errors import DatasetError, VggrowError
-from vggcore.recipe import parse_recipe
+from vggcore.recipe import Recipe, parse_recipe
+from vggcore.schedule import resolve_stages
 
 STARTS = 3               # how often a call begins anew because pictures changed while it worked
 
@@ -49,6 +51,7 @@ def retrain(
     """
     text = pipeline.recipe.read_text(encoding="utf-8")
     recipe = parse_recipe(text, place=str(pipeline.recipe), folder=pipeline.recipe.parent)
+    check_run(pipeline, recipe)
     secret = read_secret(pipeline.notify) if pipeline.notify is not None else None
     store = open_store(pipeline.run.store)
     tracking = resolve_tracking(pipeline.run.tracking, store.root)
@@ -87,6 +90,17 @@ def retrain(
                 fail(work, tick, error)
                 raise
     raise AssertionError
+
+
+def check_run(pipeline: Pipeline, recipe: Recipe) -> None:
+    """Refuses what [run] asks for and this machine has not got, before the tick begins. Raises RecipeError, DeviceError."""
+    try:
+        check_where(where_of(pipeline, Store(pipeline.run.store)), resolve_stages(recipe))
+    except VggrowError as error:
+        words = str(error)
+        for option in ("--workers", "--device", "--address"):
+            words = words.replace(option, f"[run] {option.removeprefix('--')}")
+        raise type(error)(f"pipeline {pipeline.name!r}: {words}") from error
 
 
 def begin(work: Work) -> Tick:
@@ -132,7 +146,7 @@ def rehearse(work: Work) -> Tick:
 
 def tick_text(tick: Tick) -> list[str]:
     """A tick for a person, a line each."""
-    lines = [f"tick {tick.number}: {tick.outcome} ({tick.reason.removeprefix(f'{tick.outcome}: ')})"]
+    lines = [f"tick {tick.number}: {tick.outcome} ({bare(tick.reason)})"]
     decided = tick.records.get("decide", {})
     if not tick.finished and decided:
         what = {TRAIN: "would train", NOTHING_NEW: "nothing new", STOP: "would stop"}[decided["verdict"]]
@@ -141,9 +155,10 @@ def tick_text(tick: Tick) -> list[str]:
     start = decided.get("start") or {}
     if decided.get("verdict") == TRAIN and start.get("stage"):
         lines.append(f"start: stage {start['stage']} {start['why']}")
-    drift = tick.records.get("scan", {}).get("drift")
-    if drift:
-        lines += [f"note: {note}" for note in drift["notes"]]
+    elif decided.get("verdict") == TRAIN and start.get("wanted"):
+        lines.append(f"start: the whole schedule, though a warm start is wanted: {start['why']}")
+    scanned = tick.records.get("scan", {})
+    lines += [f"note: {note}" for note in (*scanned.get("notes", ()), *(scanned.get("drift") or {}).get("notes", ()))]
     lines += [f"worse: {problem}" for problem in decided.get("problems", ())]
     registered = tick.records.get("register")
     if registered:

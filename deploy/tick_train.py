@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from deploy.line import Line, Together, run_line
+from deploy.pipeline_file import Pipeline
 from deploy.progress import Progress
 from deploy.tick_work import Work
 from deploy.ticks import Tick, iso, last_trained
 from deploy.warm_start import Beginning, warm_recipe
 from pipelines.manifest import Manifest
 from training.listener import Listener
-from training.where import Where, cores
-from training.worker_count import most
+from training.store import Store
+from training.where import Where, threads_for
 from vggcore.errors import RecipeError
 from vggcore.recipe import Recipe, parse_recipe
 from vggcore.schedule import Stage
@@ -65,14 +66,7 @@ def run_schedule(work: Work, tick: Tick) -> Tick:
         shown = Progress(work.console, pictures=len(manifest.split("train")), stages=len(stages))
         return Together(shown, Watcher(stages, record_training))
 
-    run = work.pipeline.run
-    where = Where(
-        store=work.store,
-        workers=run.workers,
-        threads=run.threads or max(1, cores() // most(run.workers)),
-        address=run.address,
-        device=run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    where = where_of(work.pipeline, work.store)
     say = lambda words: work.console.print(words, markup=False, soft_wrap=True)  # noqa: E731
     line = run_line(recipe, text, where=where, tracking=work.tracking, hear=hear, say=say)
     tick = work.write(tick, "evaluate", {"stages": {name: figures(line, name) for name in line.evaluations}})
@@ -89,6 +83,18 @@ def run_schedule(work: Work, tick: Tick) -> Tick:
             "schedule_key": line.schedule_key,
             **figures(line, line.registered_stage),
         },
+    )
+
+
+def where_of(pipeline: Pipeline, store: Store) -> Where:
+    """Where a pipeline's ticks train, by its [run]."""
+    run = pipeline.run
+    return Where(
+        store=store,
+        workers=run.workers,
+        threads=run.threads or threads_for(run.workers),
+        address=run.address,
+        device=run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 

@@ -204,7 +204,8 @@ def run_timetable(paths: Sequence[Path], say: Callable[[str], None]) -> None:
         try:
             for entry in entries:
                 job = scheduler.get_job(entry.pipeline.name, jobstore=str(entry.path))
-                say(f"{entry.pipeline.name}: next at {job.next_run_time.astimezone(entry.cron.zone).isoformat()}")
+                moment = job.next_run_time.astimezone(entry.cron.zone).isoformat(timespec="seconds")
+                say(f"{entry.pipeline.name}: next at {moment}{unfinished(entry)}")
             scheduler.resume()
             ended.wait()
             scheduler.pause()
@@ -214,6 +215,12 @@ def run_timetable(paths: Sequence[Path], say: Callable[[str], None]) -> None:
             scheduler.shutdown(wait=True)
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+
+def unfinished(entry: Entry) -> str:
+    """A word on the tick that is taken up first, where there is one."""
+    ticks = entry.ticks
+    return f" (tick {ticks[-1].number} is unfinished and is taken up)" if ticks and not ticks[-1].finished else ""
 
 
 def next_text(found: Sequence[dict[str, Any]]) -> str:

@@ -54,17 +54,21 @@ def artifact_location(tracking: str, store: Path) -> str | None:
     return (store.absolute() / "artifacts").as_uri() if tracking.startswith(SQLITE) else None
 
 
-def check_tracking(tracking: str) -> None:
+def check_tracking(tracking: str, *, before_store: bool = False) -> None:
     """Asks `tracking` (from resolve_tracking) whether it answers and lets us in, within 10 s; sets MLflow's patience.
 
-    Call it before any other use of MLflow. Raises TrackingError that says what to do.
+    Call it before any other use of MLflow. before_store: a sqlite file in a folder that is yet to be made is not asked for.
+    Raises TrackingError that says what to do.
     """
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
-    for chatty in ("alembic", "mlflow.store.db.utils"):      # a line for each table of a new database
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")      # stdout is for results: --json
+    # A line for each table of a new database; one a version that is being made.
+    for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if tracking.startswith(SQLITE):
-        check_sqlite(Path(tracking.removeprefix(SQLITE)))
+        if not before_store:
+            check_sqlite(Path(tracking.removeprefix(SQLITE)))
     else:
         check_health(tracking)
         check_access(tracking)

@@ -27,6 +27,7 @@ class Beginning:
     version: str | None = None
     stage: str | None = None         # the recipe's stage that is trained on
     stage_key: str | None = None     # the champion's
+    wanted: bool = False             # whether the pipeline asks for the champion
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any] | None) -> "Beginning":
@@ -44,24 +45,29 @@ def choose_beginning(
     if wanted != "champion":
         return Beginning(False, '[start] warm is "scratch"')
     if champion is None:
-        return Beginning(False, "there is no champion to start from")
+        return whole("there is no champion to start from")
     if recipe_changed:
-        return Beginning(False, "the recipe changed since the last training")
+        return whole("the recipe changed since the last training")
     name, key = f"version {champion.version}", champion.tags.get(STAGE_KEY_TAG)
     about = read_json(store.stage(key) / "stage.json") if key else None
     if about is None or not is_done(store, key):
-        return Beginning(False, f"{name}, the champion, was not trained in this store")
+        return whole(f"{name}, the champion, was not trained in this store")
     if about["classes"] != list(classes):
-        return Beginning(False, f"the classes are no longer those of {name}, the champion")
+        return whole(f"the classes are no longer those of {name}, the champion")
     stage_name = str(about["name"]).removesuffix(WARM)
     stage = next((stage for stage in resolve_stages(recipe) if stage.name == stage_name), None)
     if stage is None:
-        return Beginning(False, f"the recipe has no stage {stage_name!r}, which {name}, the champion, comes from")
+        return whole(f"the recipe has no stage {stage_name!r}, which {name}, the champion, comes from")
     settings = stage.model_dump(mode="json")
     for field in SAME:
         if about["stage"][field] != settings[field]:
-            return Beginning(False, f"{field} is {settings[field]!r}, but {about['stage'][field]!r} in {name}, the champion")
-    return Beginning(True, f"from {name}, the champion", str(champion.version), stage_name, key)
+            return whole(f"{field} is {settings[field]!r}, but {about['stage'][field]!r} in {name}, the champion")
+    return Beginning(True, f"from {name}, the champion", str(champion.version), stage_name, key, wanted=True)
+
+
+def whole(why: str) -> Beginning:
+    """The whole schedule, though the champion is asked for."""
+    return Beginning(False, why, wanted=True)
 
 
 def warm_recipe(

@@ -344,6 +344,8 @@ def describe(detail: ErrorDetails, tables: dict[str, Any]) -> str:
     place = place_name(at, tables)
     if detail["type"] == "value_error":
         return place + str(detail["ctx"]["error"])
+    if detail["type"] == "string_pattern_mismatch":
+        return f"{place}found {detail['input']!r}, wanted letters, digits, '.', '_' and '-', a letter or digit first"
     wanted = detail["msg"].removeprefix("Input should be ")
     return f"{place}found {detail['input']!r}, wanted {wanted}"
 

@@ -246,6 +246,18 @@ def test_the_decision_about_the_registered_version_and_the_gate_split_are_on_the
     assert page.row("cat")[1:] == [*map(str, counts), "12"]
 
 
+def test_a_version_that_was_gone_back_to_has_no_figures_of_a_gate_and_a_page_all_the_same(tmp_path: Path) -> None:
+    made = make_store(tmp_path, ("cat", "dog"), each=1)
+    line = {"sequence": 1, "action": "rolled back", "at": "2026-11-24T10:00:00Z", "by": "ann", "reason": "complaints"}
+    line |= {"version": "3", "champion_before": "4", "model": "pets", "decision": None}
+    (made.store / "registry" / "pets").mkdir(parents=True)
+    (made.store / "registry" / "pets" / "history.jsonl").write_text(json.dumps(line) + "\n")
+
+    page = Page(write_report(made.store, None))
+
+    assert "rolled back" in page.text and "complaints" in page.text
+
+
 @pytest.mark.parametrize(
     ("root", "command"),
     [("pictures", "vggrow train recipe.toml --store"), ("/data/pictures", f"schedules/{KEY}/recipe.toml --store")],

@@ -71,7 +71,7 @@ def chosen(store, *, wanted="champion", recipe=None, by=None, classes=CLASSES, c
 def test_the_champions_stage_goes_on_from_its_weights(store):
     found = chosen(store)
 
-    assert found == Beginning(True, "from version 3, the champion", "3", "D-72", KEY)
+    assert found == Beginning(True, "from version 3, the champion", "3", "D-72", KEY, wanted=True)
 
 
 def test_what_cannot_start_warm_trains_the_whole_schedule_and_says_why(store):

@@ -345,6 +345,20 @@ def test_history_lists_every_tick_and_its_page_stands_alone(pipeline, tmp_path):
     assert all(f'<th scope="row">{tick.number}</th>' in html for tick in ticks)
 
 
+def test_an_empty_reason_and_workers_that_cannot_be_start_no_tick(pipeline):
+    before = counts(pipeline)
+    right = pipeline.file.read_text()
+
+    empty = pipeline.retrain("--accept", "")
+    pipeline.file.write_text(right.replace("[run]", '[run]\nworkers = "1:2"'))
+    elastic = pipeline.retrain()
+    pipeline.file.write_text(right)
+
+    assert empty.returncode == 2 and "--accept needs a REASON" in empty.stderr
+    assert elastic.returncode == 2 and "[run] workers 1:2" in elastic.stderr and "Traceback" not in elastic.stderr
+    assert counts(pipeline) == before
+
+
 def test_a_webhook_without_its_secret_and_a_mistake_in_the_recipe_start_no_tick(pipeline):
     before = counts(pipeline)
     recipe = pipeline.folder / "photos.toml"
