@@ -195,11 +195,11 @@ def kill_at_random(pipeline: Pipeline, tmp_path: Path, moments: int, epochs: int
         try:
             while time.monotonic() - began < wait_s and running.process.poll() is None:
                 time.sleep(0.01)
-            ended = running.process.poll() is not None
         finally:
             running.kill_everything()
         left -= 1
-        if ended and left:                   # the tick is whole: another one, to be killed as well
+        ticks = pipeline.ticks()
+        if len(ticks) > before[0] and ticks[-1].finished and left:      # it is whole, though perhaps its command is not
             check_one_of_each(pipeline, before, pipeline.ticks()[-1])
             pipeline.write_recipe(epochs=epochs)
             before = counts(pipeline)
