@@ -332,6 +332,7 @@ def test_a_second_train_of_the_same_recipe_is_told_who_holds_it_and_the_first_is
     assert run_statuses(store) == {"A-36": "FINISHED", "photos": "FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_picture_that_breaks_while_a_run_reads_it_is_named_and_the_same_command_goes_on(photos, make_recipe, tmp_path):
     pictures, store = tmp_path / "pictures", tmp_path / "store"
     shutil.copytree(photos, pictures)

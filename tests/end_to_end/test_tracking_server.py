@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from tests.deploy.mlflow_server import free_port, running
@@ -17,6 +18,7 @@ def epochs_done(store: Path) -> int:
     return sum(found)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_for_a_while_costs_no_point_and_doubles_none(make_recipe, tmp_path):
     address = f"http://127.0.0.1:{free_port()}"
     command = [
