@@ -196,6 +196,7 @@ def write_checkpoint(
         else:
             part.rename(folder)
         sync_folder(folder.parent)
+        drop_old(stage_folder, progress.best_iteration)
     except (OSError, StoreError, RuntimeError) as error:      # torch.save's own for a full disk is a RuntimeError
         shutil.rmtree(part, ignore_errors=True)
         left = iterations_on_disk(stage_folder)
@@ -204,7 +205,6 @@ def write_checkpoint(
             f"{folder}: a checkpoint cannot be written ({first_line(error)}), {stands}; make room, or make the store writable,"
             " and start the same command again"
         ) from error
-    drop_old(stage_folder, progress.best_iteration)
     return folder
 
 

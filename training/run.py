@@ -15,7 +15,7 @@ from training.listener import Listener
 from training.parents import check_stored_parents, is_done, parent_weights
 from training.ray_start import start_ray
 from training.stage_run import StageRun
-from training.stop_switch import Interrupted, StopSwitch
+from training.stop_switch import STOP_WAIT_S, Interrupted, StopSwitch
 from training.where import Where, cores
 from training.worker_count import most
 from vggcore.errors import TrainingError
@@ -44,7 +44,7 @@ def train_schedule(
                 crew.look_after()
                 if switch.stopped and not crew.running:
                     break
-            if crew.stopped:
+            if crew.stopped or crew.waiting:
                 raise Interrupted
         except BaseException as error:
             crew.end_all(error)
@@ -72,7 +72,7 @@ class Crew:
         self.running: dict[str, StageRun] = {}
         self.errors: dict[str, BaseException] = {}       # of failed stages and, the same, of those left out for them
         self.counted_at, self.room = -COUNT_S, 1
-        self.stopped = False                             # a stage was stopped by a signal, or was not begun for one
+        self.stopped = False                             # a stage was stopped by a signal
         for stage in stages:
             if is_done(where.store, keys[stage.name]):
                 del self.waiting[stage.name]
@@ -81,10 +81,7 @@ class Crew:
     def start_what_can(self) -> None:
         """Starts the stages, in the recipe's order, whose parents are done, while there is room."""
         for stage in list(self.waiting.values()):
-            if self.switch.stopped:
-                self.stopped = True
-                return
-            if len(self.running) >= self.slots():
+            if self.switch.stopped or len(self.running) >= self.slots():
                 return
             parent = stage.init_from
             if parent in self.errors:
@@ -164,6 +161,9 @@ class Crew:
         """Ends what still runs when the schedule cannot go on: after a second signal, a stop that takes too long, an error."""
         if self.running and not isinstance(error, Interrupted):
             self.ask_all_to_stop()
+            deadline = time.monotonic() + STOP_WAIT_S
+            while time.monotonic() < deadline and any(run.is_at_work for run in self.running.values()):
+                time.sleep(POLL_S)
         if self.running and ray.is_initialized():
             ray.shutdown()
         for run in list(self.running.values()):

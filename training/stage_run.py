@@ -35,7 +35,7 @@ RESIZE_S = 15.0           # how often a stage with a range of workers looks whet
 
 
 class StageRun:
-    """A stage that is being trained; its lock is held as long as the block runs."""
+    """A stage that is being trained; its lock is held from begin() to let_go()."""
 
     def __init__(
         self,
@@ -78,11 +78,16 @@ class StageRun:
         """Asks the workers for a checkpoint at their next iteration, and their end."""
         request_stop(self.where.store, stage_lock(self.key), self.fence)
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether Ray Train still runs it."""
+        return self.fit is not None and self.fit.is_alive()
+
     def poll(self) -> bool:
         """Passes on what is new; whether the stage is over, one way or another."""
         if self.fit is None:
             return True
-        over = not self.fit.is_alive()
+        over = not self.is_at_work
         for start in self.starts.new_rows():
             if start["fence"] == self.fence:
                 if not self.first:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from training.history import read_history
 from training.listener import Listener
 from training.parents import is_done
 from training.run import train_schedule
+from training.stop_switch import Interrupted
 from training.store import Store, open_store
 from training.where import Where, check_where
 from training.worker import StageJob, StageTraining, Superseded, Team, prove_same_world
@@ -168,6 +171,26 @@ def test_a_diverging_loss_stops_the_stage_names_the_iteration_and_keeps_the_last
 def schedule_of(recipe: Recipe, manifest, **changes) -> tuple[tuple[Stage, ...], dict[str, str]]:
     stages = tuple(stage.model_copy(update=changes) for stage in resolve_stages(recipe))
     return stages, stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
+
+
+def test_a_signal_between_two_stages_is_no_finished_schedule(world, tmp_path):
+    recipe, _, manifest = world
+    store = open_store(tmp_path / "store")
+    shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
+    (stage,), _ = schedule_of(recipe, manifest, max_epochs=1)
+    stages = (stage, stage.model_copy(update={"name": "B-36", "net": "B", "init_from": stage.name}))
+    keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
+
+    class Signals(Listener):
+        """Sends ours, a real one, as soon as the first stage has ended."""
+
+        def stage_ends(self, stage, key, status):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train_schedule(stages, keys, manifest, Where(store), Signals())
+
+    assert is_done(store, keys["A-36"]) and not store.stage(keys["B-36"]).exists()
 
 
 def test_the_parents_layers_are_the_childs_first_weights(world, tmp_path):
