@@ -4,6 +4,7 @@ No MLflow, no clock, no files: facts in, decision out. What each condition means
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -367,6 +368,11 @@ def verdict(checks: Sequence[Check], summary: str) -> str:
     first, others = failed[0], ", ".join(check.name for check in failed[1:])
     wanted = "" if first.name == "better" else f"; wanted: {first.wanted}"
     return f"refused: {first.found}{wanted}" + (f" (failed as well: {others})" if others else "")
+
+
+def bare(reason: str) -> str:
+    """A decision's reason without the verdict before it, for where the verdict stands already."""
+    return re.sub(r"^(promoted by hand|promoted|refused): ", "", reason)
 
 
 def listed(what: str, found: Sequence[str]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import jinja2
 
 from deploy.decision_history import history
+from deploy.gate import bare
 from deploy.pipeline_file import Pipeline
-from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, bare, ticks_name
+from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, ticks_name
 from training.store import Store
 from vggcore.errors import StoreError
 from vggcore.recipe import load_recipe

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from deploy.job_package import JobFiles, portable_text
 from deploy.pipeline_file import Pipeline
 from training.worker_count import WorkerCount, workers_text
 from vggcore.digest import digest
-from vggcore.errors import ClusterError, RecipeError
-from vggcore.recipe import load_recipe
+from vggcore.errors import ClusterError
+from vggcore.recipe import load_recipe, parse_toml, read_words
 from vggcore.schedule import resolve_stages, schedule_key, stage_keys
 
 STOP_S = 30                          # between SIGINT and SIGKILL; training takes at most 20 s to write its checkpoint
@@ -37,12 +36,7 @@ class Order:
 
 def is_pipeline(path: Path) -> bool:
     """Whether a file is a pipeline, which names a recipe, and not a recipe. RecipeError when it is not TOML."""
-    try:
-        return "recipe" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe or a pipeline file: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from error
+    return "recipe" in parse_toml(read_words(path, "a recipe or a pipeline file"), place=str(path))
 
 
 def train_order(

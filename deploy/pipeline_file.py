@@ -2,7 +2,6 @@
 
 import os
 import re
-import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -14,7 +13,7 @@ from pydantic_core import ErrorDetails
 from deploy.tracking_address import shown
 from training.worker_count import WorkerCount, read_workers
 from vggcore.errors import RecipeError
-from vggcore.recipe import Count, Frozen, Positive, array, describe, nearest, place_name
+from vggcore.recipe import Count, Frozen, Positive, array, describe, nearest, parse_toml, place_name, read_words
 
 if TYPE_CHECKING:
     from deploy.gate import GateRules
@@ -201,14 +200,7 @@ def load_pipeline(path: Path) -> Pipeline:
 
     Raises RecipeError, one line that names the file, the place, what was found and what was wanted. The recipe is not read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a pipeline file: {error}") from error
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from error
+    tables = parse_toml(read_words(path, "a pipeline file"), place=str(path))
     try:
         pipeline = Pipeline.model_validate(tables)
     except ValidationError as error:

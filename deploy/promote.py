@@ -19,7 +19,7 @@ from deploy.decision_record import (
     finish_pending,
     patient_lock,
 )
-from deploy.gate import Check, Decision, GateRules, decide
+from deploy.gate import Check, Decision, GateRules, bare, decide
 from deploy.gate_evidence import count_use, spent_before, use_number
 from deploy.registry import CHAMPION, get_model
 from deploy.registry_versions import (
@@ -32,7 +32,6 @@ from deploy.registry_versions import (
     reread,
 )
 from deploy.rights import check_rights, whoever
-from deploy.ticks import bare
 from training.store import Store
 from vggcore.digest import digest
 from vggcore.errors import RegistryError

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from mlflow import MlflowClient
 from rich.console import Console
 
+from deploy.gate import bare
 from deploy.notify import FIRST_WAIT_S, read_secret
 from deploy.pipeline_file import Pipeline
 from deploy.signals import Signals
@@ -18,7 +19,7 @@ from deploy.tick_end import ask_gate, fail, supersede, tell, tell_waiting
 from deploy.tick_look import look, recipe_digest, scan_and_decide
 from deploy.tick_train import PicturesChanged, run_schedule, where_of
 from deploy.tick_work import Work
-from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Tick, bare, facts_of
+from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Tick, facts_of
 from deploy.tracking_address import check_tracking, make_database, resolve_tracking
 from training.store import Store, hold, open_store
 from training.where import check_where

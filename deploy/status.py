@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from training.history import read_history
+from training.history import parse_rows, read_history
 from training.store import Store, holder, read_json
 
 RUNNING, FINISHED, STOPPED, TO_DO, FAILED = "running", "finished", "stopped", "to do", "failed"
@@ -95,8 +95,6 @@ def stage_status(store: Store, entry: dict[str, Any]) -> StageStatus:
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
     """The starts of a stage's workers, oldest first."""
-    from training.history import parse_rows
-
     return parse_rows(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
 
 

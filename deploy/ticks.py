@@ -6,7 +6,6 @@ Each record is a whole file, written when its step is done. notify.json is the l
 """
 
 import datetime
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,11 +171,6 @@ def words(age: datetime.timedelta) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} s"
-
-
-def bare(reason: str) -> str:
-    """A decision's reason without the verdict before it, for where the verdict stands already."""
-    return re.sub(r"^(promoted by hand|promoted|refused): ", "", reason)
 
 
 def stop_problem(tick: Tick) -> str | None:

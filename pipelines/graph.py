@@ -79,6 +79,16 @@ def within(sizes: Any, start: Any, end: Any, roi_start: Any, roi_end: Any) -> tu
     return start * fits, end * fits + sizes * not_fits, roi_start * fits, roi_end * fits + sizes * not_fits
 
 
+def decoded_window(device: Device, paths: Any, start: Any, end: Any, roi_start: Any, roi_end: Any) -> tuple[Any, ...]:
+    """Files' sizes now, the pixels of their windows, and the crop's corners in these pixels."""
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)  # mmap: a file truncated meanwhile kills the process
+    sizes = upright_sizes(encoded)
+    if device == "gpu":  # whole: a window's decode crashed an H100 (nvImageCodec #55)
+        return sizes, fn.decoders.image(encoded, device="mixed"), roi_start + start, roi_end + start
+    start, end, roi_start, roi_end = within(sizes, start, end, roi_start, roi_end)
+    return sizes, fn.decoders.image_slice(encoded, start=start, end=end, axis_names="HW"), roi_start, roi_end
+
+
 # exec_dynamic: without it one broken picture ends the pipeline, and outputs that are still held are overwritten.
 dali_graph = cast(Callable[[Callable[..., Any]], Callable[..., Any]], pipeline_def(exec_dynamic=True))
 
@@ -103,25 +113,13 @@ def train_graph(source: Source, device: Device, crop: int, deviation: Deviation,
     """
     if cached:
         pixels, pictures, sizes, roi_start, roi_end, mirror, mean = columns(source, CACHED_VIEW_COLUMNS)
-        small = fn.resize(
-            on(device, pixels), size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False
-        )
-        images = fn.crop_mirror_normalize(
-            in_colour(small, cached), mirror=mirror, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
-        )
-        return images, pictures, sizes
-    paths, pictures, start, end, roi_start, roi_end, mirror, mean = columns(source, VIEW_COLUMNS)
-    encoded = fn.io.file.read(paths, dont_use_mmap=True)  # mmap: a file truncated meanwhile kills the process
-    sizes = upright_sizes(encoded)
-    if device == "gpu":  # whole: a window's decode crashed an H100 (nvImageCodec #55)
-        pixels = fn.decoders.image(encoded, device="mixed")
-        roi_start, roi_end = roi_start + start, roi_end + start
+        pixels = on(device, pixels)
     else:
-        start, end, roi_start, roi_end = within(sizes, start, end, roi_start, roi_end)
-        pixels = fn.decoders.image_slice(encoded, start=start, end=end, axis_names="HW")
+        paths, pictures, start, end, roi_start, roi_end, mirror, mean = columns(source, VIEW_COLUMNS)
+        sizes, pixels, roi_start, roi_end = decoded_window(device, paths, start, end, roi_start, roi_end)
     crops = fn.resize(pixels, size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False)
     images = fn.crop_mirror_normalize(
-        crops, mirror=mirror, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
+        in_colour(crops, cached), mirror=mirror, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
     )
     return images, pictures, sizes
 
@@ -136,24 +134,14 @@ def centre_graph(source: Source, device: Device, crop: int, deviation: Deviation
     """
     if cached:
         pixels, pictures, sizes, roi_start, roi_end, mean = columns(source, CACHED_CENTRE_COLUMNS)
-        small = fn.resize(
-            on(device, pixels), size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False
-        )
-        images = fn.crop_mirror_normalize(
-            in_colour(small, cached), mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
-        )
-        return images, pictures, sizes
-    paths, pictures, start, end, roi_start, roi_end, mean = columns(source, CENTRE_COLUMNS)
-    encoded = fn.io.file.read(paths, dont_use_mmap=True)
-    sizes = upright_sizes(encoded)
-    if device == "gpu":
-        pixels = fn.decoders.image(encoded, device="mixed")
-        roi_start, roi_end = roi_start + start, roi_end + start
+        pixels = on(device, pixels)
     else:
-        start, end, roi_start, roi_end = within(sizes, start, end, roi_start, roi_end)
-        pixels = fn.decoders.image_slice(encoded, start=start, end=end, axis_names="HW")
+        paths, pictures, start, end, roi_start, roi_end, mean = columns(source, CENTRE_COLUMNS)
+        sizes, pixels, roi_start, roi_end = decoded_window(device, paths, start, end, roi_start, roi_end)
     crops = fn.resize(pixels, size=crop, roi_start=roi_start, roi_end=roi_end, antialias=True, subpixel_scale=False)
-    images = fn.crop_mirror_normalize(crops, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW")
+    images = fn.crop_mirror_normalize(
+        in_colour(crops, cached), mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
+    )
     return images, pictures, sizes
 
 
@@ -168,19 +156,16 @@ def whole_graph(source: Source, device: Device, mean: Sequence[float], deviation
     """
     if cached:
         pixels, pictures, sizes, size = columns(source, CACHED_WHOLE_COLUMNS)
-        rescaled = in_colour(fn.resize(on(device, pixels), size=size, antialias=True, subpixel_scale=False), cached)
-        images = fn.crop_mirror_normalize(
-            rescaled, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW"
-        )
-        return images, pictures, sizes
-    paths, pictures, size = columns(source, WHOLE_COLUMNS)
-    encoded = fn.io.file.read(paths, dont_use_mmap=True)
-    sizes = upright_sizes(encoded)
-    if device == "gpu":
-        pixels = fn.decoders.image(encoded, device="mixed")
-    else:  # the same as decoders.image, after `sizes`
-        pixels = fn.decoders.image_slice(encoded, start=sizes * 0, end=sizes, axis_names="HW")
-    rescaled = fn.resize(pixels, size=size, antialias=True, subpixel_scale=False)
+        pixels = on(device, pixels)
+    else:
+        paths, pictures, size = columns(source, WHOLE_COLUMNS)
+        encoded = fn.io.file.read(paths, dont_use_mmap=True)
+        sizes = upright_sizes(encoded)
+        if device == "gpu":
+            pixels = fn.decoders.image(encoded, device="mixed")
+        else:  # the same as decoders.image, after `sizes`
+            pixels = fn.decoders.image_slice(encoded, start=sizes * 0, end=sizes, axis_names="HW")
+    rescaled = in_colour(fn.resize(pixels, size=size, antialias=True, subpixel_scale=False), cached)
     images = fn.crop_mirror_normalize(rescaled, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW")
     return images, pictures, sizes
 

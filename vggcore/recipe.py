@@ -304,24 +304,33 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(map(repr, known))}"
 
 
+def read_words(path: Path, what: str) -> str:
+    """The text of a file that is to be `what`, such as "a recipe". Raises RecipeError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as {what}: {error}") from error
+
+
+def parse_toml(text: str, *, place: str) -> dict[str, Any]:
+    """TOML's tables. Raises RecipeError, with the place."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{place}: not TOML: {error}") from error
+
+
 def load_recipe(path: Path) -> Recipe:
     """Reads and checks the recipe at `path`; a relative [data] root counts from the recipe's own folder.
 
     Raises RecipeError, one line that names the file, the place, what was found and what was wanted.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from error
-    return parse_recipe(text, place=str(path), folder=path.parent)
+    return parse_recipe(read_words(path, "a recipe"), place=str(path), folder=path.parent)
 
 
 def parse_recipe(text: str, *, place: str, folder: Path) -> Recipe:
     """As load_recipe, from the TOML text itself; `place` is what an error names, `folder` what [data] root counts from."""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{place}: not TOML: {error}") from error
+    tables = parse_toml(text, place=place)
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
