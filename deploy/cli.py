@@ -8,13 +8,12 @@ import logging
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deploy import cli_jobs, cli_models, cli_retrain
+from deploy import cli_jobs, cli_machine, cli_models, cli_retrain
 from deploy.options import WorkerRange, json_option, print_json, store_option, tracking_option
 from training.worker_count import WorkerCount
 from vggcore.errors import VggrowError
@@ -22,7 +21,6 @@ from vggcore.errors import VggrowError
 if TYPE_CHECKING:
     from training.store import Store
 
-WATCH_S = 2.0
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -443,112 +441,8 @@ def report(what: str | None, out: Path | None, store: str) -> None:
     click.echo(str(write_report(Path(store).absolute(), key, out)))
 
 
-@vggrow.group()
-def bench() -> None:
-    """Measure this machine and this code, side by side with the alternative."""
-
-
-@bench.command("train")
-@click.argument("recipe", type=RECIPE)
-@click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads, of torch and of each loader.  [default: all cores]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each figure in each turn.")
-@click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="The median of so many counts.")
-@store_option
-@json_option
-def bench_train(
-    recipe: Path, name: str | None, threads: int | None, device: str, seconds: float, turns: int, store: str, as_json: bool
-) -> None:
-    """Measure a stage of RECIPE: matrix multiplication, bare training, a plain PyTorch loop, and our whole stage.
-
-    The four are measured in turns in one process. Trains nothing that is kept.
-
-    \b
-    Example:
-        vggrow bench train training/recipes/elpv.toml --stage A-72
-    """
-    from deploy.scans import scan_data
-    from training.bench import measure, speeds_text
-    from training.store import open_store
-    from training.where import Where, check_where, cores
-    from vggcore.errors import RecipeError
-    from vggcore.recipe import load_recipe, nearest
-    from vggcore.schedule import resolve_stages
-
-    loaded, opened = load_recipe(recipe), open_store(store)
-    stages = {stage.name: stage for stage in resolve_stages(loaded)}
-    if name is not None and name not in stages:
-        raise RecipeError(f"--stage {name}: no such stage in {recipe}{nearest(name, list(stages))}")
-    stage = stages[name] if name is not None else next(iter(stages.values()))
-    check_where(Where(store=opened, device=device), [stage])
-    manifest = scan_data(loaded.data, opened, threads=cores())
-    found = measure(
-        stage, manifest, opened, threads=threads or cores(), device=device, seconds=seconds, turns=turns
-    )
-    if as_json:
-        print_json(found.to_json())
-    else:
-        click.echo(speeds_text(found))
-
-
-@vggrow.command()
-@click.argument("what", required=False, metavar="[STORE]", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
-@store_option
-@json_option
-def status(what: Path | None, watch: bool, store: str, as_json: bool) -> None:
-    """Say what the schedules of STORE are doing now: stages, epochs, loss, speed, who trains them. From any terminal.
-
-    Reads the store's files; a run on another machine is seen as well, where the store is shared.
-
-    \b
-    Examples:
-        vggrow status
-        vggrow status /mnt/vggrow/store --watch
-    """
-    from deploy.status import status_json, status_text, store_status
-    from training.store import store_to_read
-
-    opened = store_to_read(what or store)
-    while True:
-        found = store_status(opened)
-        if watch:
-            click.clear()
-        if as_json:
-            print_json(status_json(found))
-        else:
-            click.echo(status_text(found))
-        if not watch:
-            return
-        time.sleep(WATCH_S)
-
-
-@vggrow.command()
-@store_option
-@tracking_option
-@json_option
-def doctor(store: str, tracking: str | None, as_json: bool) -> None:
-    """Say what this machine can do: versions, cores, memory, GPU, bf16, disk, DALI, tracking. Exit 2 on a problem.
-
-    \b
-    Example:
-        vggrow doctor
-    """
-    from deploy.doctor import as_json as findings_json
-    from deploy.doctor import as_text, examine, exit_code
-    from deploy.tracking_address import resolve_tracking
-
-    root = Path(store).absolute()
-    findings = examine(root, resolve_tracking(tracking, root))
-    if as_json:
-        print_json(findings_json(findings))
-    else:
-        click.echo(as_text(findings))
-    sys.exit(exit_code(findings))
-
-
 cli_jobs.register(vggrow)
+cli_machine.register(vggrow)
 cli_models.register(models)
 cli_retrain.register(vggrow)
 
