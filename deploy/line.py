@@ -24,7 +24,7 @@ from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
 from training.listener import Listener
-from training.parents import is_done, result_weights
+from training.parents import check_stored_parents, is_done, result_weights
 from training.ray_address import check_address
 from training.run import train_schedule
 from training.stop_switch import Interrupted
@@ -85,6 +85,7 @@ def run_line(
     uri = resolve_tracking(tracking, store.root)
     check_tracking(uri)
     manifest = scan_data(recipe.data, store, threads=cores())
+    check_stored_parents(stages, store, manifest.classes)
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     key = schedule_key(recipe.name, keys)
     with hold(store, f"schedule-{key}", what=f"the schedule of recipe {recipe.name!r} ({key})"):
@@ -102,10 +103,7 @@ def run_line(
         with truthful_end(tracker):
             listener = Together(hear(manifest, stages), tracker)
             tracker.batches = {keys[stage.name]: batches(stage, manifest) for stage in stages}
-            cache = None
-            if where.cache_gib and not all(is_done(store, key) for key in keys.values()):
-                budget = int(where.cache_gib * 2**30)
-                cache = make_cache(manifest, store.root, budget_bytes=budget, threads=cores(), say=say)
+            cache = cache_for(keys, manifest, where, say)
             train_schedule(stages, keys, manifest, where, listener)
             evaluations = evaluate_all(recipe, stages, keys, manifest, where, tracker, say, cache)
             chosen = registered_stage(recipe, stages, keys, store)
@@ -140,6 +138,17 @@ def run_line(
         parent_run_id=tracker.parent_run_id,
         report=report,
         measured=read_measured(evaluations[chosen.name].folder),
+    )
+
+
+def cache_for(
+    keys: dict[str, str], manifest: Manifest, where: Where, say: Callable[[str], None]
+) -> DecodedCache | None:
+    """The decoded cache, where there is something to train and it is within what was allowed."""
+    if not where.cache_gib or all(is_done(where.store, key) for key in keys.values()):
+        return None
+    return make_cache(
+        manifest, where.store.root, budget_bytes=int(where.cache_gib * 2**30), threads=cores(), say=say
     )
 
 

@@ -138,6 +138,15 @@ def test_a_folder_that_cannot_be_trained_on_is_named_and_nothing_is_written(make
     assert files(tmp_path / "store") == set()
 
 
+def test_a_parent_that_the_store_has_not_got_starts_nothing(make_recipe, tmp_path):
+    recipe = make_recipe(more='init_from = "stage:0123456789abcdef"\n')
+
+    done = vggrow("train", recipe, "--store", tmp_path / "store")
+
+    refused(done, "stage 'A-36': init_from 'stage:0123456789abcdef': that stage is not in store", "`vggrow plan` prints keys")
+    assert not (tmp_path / "store" / "schedules").exists() and not (tmp_path / "store" / "mlflow.db").exists()
+
+
 def test_training_on_a_folder_that_is_not_there_starts_nothing(photos, make_recipe, tmp_path):
     recipe = make_recipe()
     recipe.write_text(recipe.read_text().replace(f'root = "{photos}"', 'root = "absent"'))
