@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from deploy import cli_jobs, cli_machine, cli_models, cli_retrain
-from deploy.options import WorkerRange, json_option, print_json, store_option, tracking_option
+from deploy.options import (
+    WorkerRange,
+    json_option,
+    log_pictures_option,
+    print_json,
+    stall_option,
+    store_option,
+    tracking_option,
+)
 from training.worker_count import WorkerCount
 from vggcore.errors import VggrowError
 
@@ -126,6 +134,8 @@ def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
     help="Sets whose decoded pictures take no more are kept decoded in the store; 0: none.",
 )
 @click.option("--yardsticks", is_flag=True, help="Also fit plain scikit-learn classifiers on the same pictures.")
+@stall_option
+@log_pictures_option
 @store_option
 @tracking_option
 def train(
@@ -136,6 +146,8 @@ def train(
     device: str | None,
     cache_gib: float,
     yardsticks: bool,
+    stall_limit: float,
+    log_pictures: bool,
     store: str,
     tracking: str | None,
 ) -> None:
@@ -175,6 +187,8 @@ def train(
         address=address,
         device=device or default_device(),
         cache_gib=cache_gib,
+        stall_s=stall_limit,
+        log_pictures=log_pictures,
     )
     try:
         line = run_line(

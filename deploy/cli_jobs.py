@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deploy.options import Command, WorkerRange, json_option, print_json
+from deploy.options import Command, WorkerRange, json_option, log_pictures_option, print_json, stall_option
 from training.worker_count import WorkerCount, workers_text
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def register(group: click.Group) -> None:
     metavar="IMAGE",
     help="Run the job and its workers in containers of this image, which has vggrow; needs podman on every node.",
 )
+@stall_option
+@log_pictures_option
 @json_option
 @click.pass_context
 def submit(
@@ -106,6 +108,8 @@ def submit(
     working_dir: Path | None,
     installed: bool,
     image: str | None,
+    stall_limit: float,
+    log_pictures: bool,
     as_json: bool,
 ) -> None:
     """Run `vggrow train RECIPE`, or a tick of PIPELINE, as a job on a Ray cluster, and come back at once.
@@ -127,9 +131,13 @@ def submit(
 
     env = read_env(pairs)
     if is_pipeline(file):
+        typed = click.core.ParameterSource.COMMANDLINE
         for name in ("store", "tracking"):
-            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            if context.get_parameter_source(name) is typed:
                 raise click.UsageError(f"--{name} is for a recipe; {file} is a pipeline: set [run] {name} in it")
+        for name in ("stall_limit", "log_pictures"):
+            if context.get_parameter_source(name) is typed:
+                raise click.UsageError(f"--{name.replace('_', '-')} is for a recipe; {file} is a pipeline: leave it out")
         pipeline = load_pipeline_for(file, workers=workers, threads=threads, device=device)
         request = tick_request(file, pipeline, env=env, working_dir=working_dir)
     else:
@@ -137,6 +145,7 @@ def submit(
             raise click.UsageError("--store (or VGGROW_STORE) is needed: a folder that every node of the cluster mounts there")
         request = train_request(
             file, store=store, workers=workers or 1, threads=threads, device=device, tracking=tracking, env=env,
+            more=(f"--stall-limit={stall_limit:g}", *(["--log-pictures"] if log_pictures else [])),
             working_dir=working_dir,
         )  # fmt: skip
     handed = hand_over(request, address, python=python, working_dir=working_dir, installed=installed, image=image)

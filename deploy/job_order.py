@@ -49,8 +49,11 @@ def train_order(
     device: str | None,
     tracking: str | None,
     env: Mapping[str, str],
+    more: Sequence[str] = (),
 ) -> Order:
-    """The job that runs `vggrow train`; its key is the schedule's where it is known here, else the recipe's digest.
+    """The job that runs `vggrow train`, with `more` options.
+
+    Its key is the schedule's where it is known here, else the recipe's digest.
 
     Raises RecipeError for the recipe, ClusterError for a store that is no absolute path.
     """
@@ -62,6 +65,7 @@ def train_order(
     words += ["--device", device] if device else []
     words += ["--store", store]
     words += ["--tracking", tracking] if tracking else []
+    words += more
     named = digest({"name": loaded.name, "text": portable_text(recipe, loaded)}, hex_characters=16)
     return Order(
         recipe=loaded.name,

@@ -2,7 +2,7 @@
 
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,9 @@ def train_request(
     tracking: str | None,
     env: Mapping[str, str],
     working_dir: Path | None,
+    more: Sequence[str] = (),
 ) -> Request:
-    """The training of a recipe. Raises VggrowError for what is wrong with it."""
+    """The training of a recipe; more: further options of `vggrow train`. Raises VggrowError for what is wrong with it."""
     load_recipe(recipe)
     files = recipe_files(recipe, working_dir)
     order = train_order(
@@ -49,6 +50,7 @@ def train_request(
         device=device,
         tracking=resolve_tracking(tracking, Path(store)) if tracking else None,
         env=env,
+        more=more,
     )
     return Request(order, files, mounted_folders(recipe, store, None))
 

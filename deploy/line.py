@@ -27,11 +27,11 @@ from training.listener import Listener
 from training.parents import check_stored_parents, is_done, result_weights
 from training.ray_address import check_address
 from training.run import train_schedule
+from training.stage_job import view_rule
 from training.stop_switch import Interrupted
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker
 from training.where import Where, check_where, cores
-from training.worker import view_rule
 from vggcore.recipe import BEST_ON_VAL, Recipe
 from vggcore.schedule import Stage, evaluated_stages, parent_key, resolve_stages, schedule_key, stage_keys
 from vggcore.weights import load_weights
@@ -170,6 +170,10 @@ class Together(Listener):
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         for listener in self.listeners:
             listener.workers_restarted(stage, key, iteration)
+
+    def node_leaves(self, stage: Stage, key: str, iteration: int, every_s: float) -> None:
+        for listener in self.listeners:
+            listener.node_leaves(stage, key, iteration, every_s)
 
     def checkpoint_passed_over(self, stage: Stage, key: str, words: str) -> None:
         for listener in self.listeners:

@@ -54,6 +54,27 @@ def tracking_option(command: Command) -> Command:
     )(command)
 
 
+def stall_option(command: Command) -> Command:
+    """--stall-limit, for workers that hang."""
+    return click.option(
+        "--stall-limit",
+        type=click.FloatRange(1),
+        default=600.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a worker may be silent, hung or waited for, before the stage's workers are started anew.",
+    )(command)
+
+
+def log_pictures_option(command: Command) -> Command:
+    """--log-pictures, for who wants to check."""
+    return click.option(
+        "--log-pictures",
+        is_flag=True,
+        help="Keep which pictures each worker trained in each iteration, in the stage's folder; some bytes a picture.",
+    )(command)
+
+
 def json_option(command: Command) -> Command:
     """--json, for programs."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)

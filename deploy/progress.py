@@ -111,6 +111,13 @@ class Progress(Listener):
         self.say(f"{stage.name}: its workers were started anew; training goes on from iteration {iteration}")
         self.lines[key].seen = []
 
+    def node_leaves(self, stage: Stage, key: str, iteration: int, every_s: float) -> None:
+        """Says so."""
+        self.say(
+            f"{stage.name}: a node is about to be taken away, says Ray; checkpoint at iteration {iteration}, then one every"
+            f" {every_s:.0f} s"
+        )
+
     def checkpoint_passed_over(self, stage: Stage, key: str, words: str) -> None:
         """Says which, and why."""
         self.say(f"{stage.name}: a broken checkpoint was passed over, the one before is used: {words}")

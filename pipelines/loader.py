@@ -49,6 +49,7 @@ class Batch:
     images: torch.Tensor  # (n, 3, crop, crop) float32, RGB, contiguous, on the device
     labels: torch.Tensor  # (n,) int64, on the device
     rows: torch.Tensor  # (n,) int64, places in the global batch, on the device
+    pictures: Integers  # (n,) rows of the split
     size: int  # pictures of the global batch, over all workers
     index: int  # number of the batch within the epoch
 
@@ -132,6 +133,7 @@ class TrainLoader:
                 images=images,
                 labels=torch.from_numpy(self.pictures.labels[found]).to(self.device),
                 rows=torch.arange(start, stop, device=self.device),
+                pictures=found,
                 size=size,
                 index=index,
             )

@@ -24,9 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.cache import make_cache
 from pipelines.manifest import Manifest, Pictures
+from training.learner import set_up_torch
 from training.optimise import make_optimizer
+from training.stage_job import StageJob
 from training.store import Store
-from training.worker import StageJob, StageTraining, Team, set_up_torch
+from training.team import Team
+from training.worker import StageTraining
 from vggcore.errors import VggrowError
 from vggcore.initialise import initialise_net
 from vggcore.nets import Vgg, build_net, layer_table
@@ -262,7 +265,7 @@ def our_loop(job: StageJob, manifest: Manifest, *, cached: bool) -> Iterator[int
             training.progress = replace(training.progress, epoch=training.progress.epoch + 1, batch=0)
     finally:
         training.loader.close()
-        training.test_loader.close()
+        training.validation.close()
 
 
 def rate(steps: Iterator[int], seconds: float) -> float:

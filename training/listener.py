@@ -17,6 +17,9 @@ class Listener:
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         """Workers died and were replaced; training goes on from a checkpoint."""
 
+    def node_leaves(self, stage: Stage, key: str, iteration: int, every_s: float) -> None:
+        """A node of the stage is about to be taken away: a checkpoint is on its way, and one more every `every_s`."""
+
     def checkpoint_passed_over(self, stage: Stage, key: str, words: str) -> None:
         """A broken checkpoint was found, what is wrong with it, and the one before is used."""
 

@@ -30,16 +30,24 @@ QUIET_AND_QUICK = {
 ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
 
 
-def start_ray(store: Store, *, address: str | None, cpus: int, elastic: bool = False) -> None:
+# On a cluster: how soon a node that will be taken away is seen, by Ray Train's own watcher.
+ON_A_CLUSTER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+
+
+def start_ray(store: Store, *, address: str | None, cpus: int, stall_s: float, elastic: bool = False) -> None:
     """Connects to the cluster at `address` (or RAY_ADDRESS), or starts Ray here with `cpus` logical CPUs; idempotent.
 
-    elastic: the number of workers may change while a stage runs. Raises ClusterError when the address does not answer.
+    stall_s: how long a worker may be silent; elastic: the number of workers may change while a stage runs. Raises
+    ClusterError when the address does not answer.
     """
     if ray.is_initialized():
         return
-    for name, value in (QUIET_AND_QUICK | (ELASTIC if elastic else {})).items():
-        os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
+    here = address is None or address == "local"
+    wanted = QUIET_AND_QUICK | ({} if here else ON_A_CLUSTER) | (ELASTIC if elastic else {})
+    wanted["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{stall_s:g}"
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
     if address is None or address == "local":
         keep_token(store.root / "ray_auth_token")
         ray.init(

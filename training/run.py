@@ -116,7 +116,13 @@ class Crew:
             # Here, in the main thread: Ray's processes die with the thread that started them (PR_SET_PDEATHSIG).
             one = most(where.workers) * where.threads
             cpus = max(one, min(cores() // one, len(self.waiting)) * one)
-            start_ray(where.store, address=where.address, cpus=cpus, elastic=isinstance(where.workers, tuple))
+            start_ray(
+                where.store,
+                address=where.address,
+                cpus=cpus,
+                stall_s=where.stall_s,
+                elastic=isinstance(where.workers, tuple),
+            )
             self.switch.take_signals()      # Ray puts a handler of its own on SIGTERM, which aborts the process
         if time.monotonic() - self.counted_at > COUNT_S:
             self.counted_at = time.monotonic()

@@ -17,20 +17,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 import vggcore.errors
 from pipelines.manifest import Manifest
-from training.checkpoint import KEPT
+from training.checkpoint import KEPT, iterations_on_disk
 from training.history_tail import HistoryTail
 from training.listener import Listener
 from training.parents import is_done
-from training.store import hold, read_json, request_stop
+from training.stage_job import StageJob
+from training.store import hold, read_json, request_stop, stop_requested
 from training.where import Where
-from training.worker import StageJob, train_stage
+from training.worker import train_stage
 from vggcore.errors import ClusterError, StoreError, TrainingError, VggrowError
 from vggcore.nets import layer_table
 from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
 
-MAX_FAILURES = 3          # how often a stage's workers may die before we give up
+MAX_FAILURES = 3          # how often a stage's workers may die without a new checkpoint before we give up
 RESIZE_S = 15.0           # how often a stage with a range of workers looks whether there is room for more
 
 
@@ -68,6 +69,7 @@ class StageRun:
         self.listener.stage_begins(self.stage, self.key, done=False)
         self.begun = True
         self.tail, self.starts = HistoryTail(self.folder / "history.jsonl"), HistoryTail(self.folder / "starts.jsonl")
+        self.leaving = HistoryTail(self.folder / "preemptions.jsonl")
         self.first = True
         self.fit = FitThread(
             prepare(self.stage, self.key, self.fence, self.parent, self.manifest, self.where), self.where
@@ -95,6 +97,9 @@ class StageRun:
                 for words in start.get("passed_over", ()):
                     self.listener.checkpoint_passed_over(self.stage, self.key, words)
                 self.first = False
+        for notice in self.leaving.new_rows():
+            if notice["fence"] == self.fence:
+                self.listener.node_leaves(self.stage, self.key, notice["iteration"], notice["every_s"])
         self.listener.rows(self.stage, self.key, self.tail.new_rows())
         return over
 
@@ -153,6 +158,8 @@ def prepare(
         device=where.device,
         threads=where.threads,
         cached=where.cache_gib > 0,
+        preemptible=where.on_a_cluster,
+        log_pictures=where.log_pictures,
     )
 
 
@@ -180,18 +187,28 @@ class FitThread(threading.Thread):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Runs the stage to its end."""
-        try:
-            make_trainer(self.job, self.where).fit()
-        except BaseException as error:
-            self.error = error
+        """Runs the stage to its end; begins anew when workers died too often for Ray Train, but got on in between."""
+        attempt = 0
+        while True:
+            reached, attempt = self.reached(), attempt + 1
+            try:
+                make_trainer(self.job, self.where, attempt).fit()
+                return
+            except BaseException as error:
+                stopped = stop_requested(self.where.store, self.job.lock, self.job.fence)
+                if stopped or not only_deaths(error) or self.reached() <= reached:
+                    self.error = error
+                    return
+
+    def reached(self) -> int:
+        """The newest checkpoint's iteration, -1 before the first."""
+        return max(iterations_on_disk(self.where.store.stage(self.job.key)), default=-1)
 
     def problem(self) -> BaseException | None:
         """What fit() raised: what a worker says the user can mend, deaths of workers as TrainingError, else as it is."""
         if self.error is None:
             return None
-        failures = list((getattr(self.error, "worker_failures", None) or {}).values())
-        for one in failures:
+        for one in worker_failures(self.error):
             cause = getattr(one, "base_exc", one)          # Ray's UserExceptionWithTraceback
             if isinstance(cause, VggrowError):
                 return cause
@@ -200,22 +217,34 @@ class FitThread(threading.Thread):
                     f"stage {self.job.stage.name!r}: the workers do not reach one another (Gloo connectFullMesh failed); set"
                     " GLOO_SOCKET_IFNAME on every node to the card that the others see, such as eth0, where Ray is started"
                 )
-        if failures and all(isinstance(one, ray.exceptions.RayActorError) for one in failures):
+        if only_deaths(self.error):
             return TrainingError(
-                f"stage {self.job.stage.name!r}: its workers died more than {MAX_FAILURES} times; look for what kills them"
-                " (memory?), then start the same command again: it goes on from the newest checkpoint"
+                f"stage {self.job.stage.name!r}: its workers died more than {MAX_FAILURES} times without a new checkpoint;"
+                " look for what kills them (memory?), then start the same command again: it goes on from the newest"
+                " checkpoint"
             )
         return self.error
 
 
-def make_trainer(job: StageJob, where: Where) -> TorchTrainer:
-    """The Ray Train run of one stage."""
+def worker_failures(error: BaseException) -> list[BaseException]:
+    """What Ray Train says of each worker that failed; none where it is no error of workers."""
+    return list((getattr(error, "worker_failures", None) or {}).values())
+
+
+def only_deaths(error: BaseException) -> bool:
+    """Whether workers died or hung, and none of them raised an error of its own."""
+    failures = worker_failures(error)
+    return bool(failures) and all(isinstance(one, ray.exceptions.RayActorError) for one in failures)
+
+
+def make_trainer(job: StageJob, where: Where, attempt: int) -> TorchTrainer:
+    """The Ray Train run of one stage; attempt: of this command, counted from 1."""
     gpu = where.device == "cuda"
     logging.getLogger("ray.train").setLevel(logging.WARNING)      # local mode says at each stage that it is one
     return TorchTrainer(
         train_stage,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=max(1, round(where.stall_s))),
         scaling_config=ScalingConfig(
             num_workers=0 if where.in_this_process else where.workers,
             elastic_resize_monitor_interval_s=RESIZE_S,
@@ -223,7 +252,7 @@ def make_trainer(job: StageJob, where: Where) -> TorchTrainer:
             resources_per_worker={"CPU": where.threads, **({"GPU": 1} if gpu else {})},
         ),
         run_config=RunConfig(
-            name=f"{job.key}-{job.fence}",
+            name=f"{job.key}-{job.fence}-{attempt}",
             storage_path=str(where.store.scratch),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),

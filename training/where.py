@@ -32,6 +32,8 @@ class Where:
     address: str | None = None
     device: str = "cpu"
     cache_gib: float = 2.0       # what decoded pictures may take in the store; 0: none are kept
+    stall_s: float = 600.0       # how long a worker may be silent before the stage's workers are started anew
+    log_pictures: bool = False   # keep which pictures each worker trained in each iteration
 
     @property
     def device_here(self) -> str:

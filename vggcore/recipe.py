@@ -15,6 +15,7 @@ NetName = Literal["A", "A-LRN", "B", "C", "D", "E"]
 Head = Literal["paper", "compact"]
 Initialise = Literal["paper", "glorot", "he"]
 Precision = Literal["fp32", "tf32", "bf16"]
+AllReduce = Literal["fp32", "bf16"]
 SplitRule = Literal["folder", "hash", "stratified", "group"]
 Protocol = Literal["centre", "dense"]
 
@@ -163,6 +164,7 @@ class Train(Frozen):
     precision: Precision = "fp32"
     channels_last: bool = True
     compile: bool = False
+    all_reduce: AllReduce = "fp32"                       # what gradients travel in between workers
     micro_batch: Annotated[int, Field(ge=0)] = 0         # pictures a forward pass; 0: the worker's whole share
     checkpoint_every: str = "5min"
 

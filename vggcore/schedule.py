@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from vggcore.digest import digest
 from vggcore.recipe import (
     BEST_ON_VAL,
+    AllReduce,
     CheckpointEvery,
     Frozen,
     Head,
@@ -19,6 +20,9 @@ KEY_FORMAT = 1        # rises when the meaning of a setting changes, so that old
 
 # What a stage has but its key leaves out: names, and settings that cannot change a weight.
 EXEMPT = frozenset({"name", "init_from", "micro_batch", "checkpoint_every"})
+
+# Settings that came after format 1; the default is what all stages did before. With it, a stage keeps its old key.
+LATER = frozenset({"all_reduce"})
 
 
 class Stage(Frozen):
@@ -49,10 +53,14 @@ class Stage(Frozen):
     compile: bool
     micro_batch: int
     checkpoint_every: CheckpointEvery
+    all_reduce: AllReduce = "fp32"
 
     def key(self, *, classes: Sequence[str], fingerprint: str, parent_key: str | None) -> str:
         """16 hex characters: same key, same result (bit by bit at equal workers, threads and device model)."""
         settings = {name: value for name, value in self.model_dump(mode="json").items() if name not in EXEMPT}
+        for name in LATER:
+            if settings[name] == type(self).model_fields[name].default:
+                del settings[name]
         return digest(
             {
                 "format": KEY_FORMAT,

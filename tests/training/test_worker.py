@@ -18,11 +18,14 @@ from training.checkpoint import iterations_on_disk
 from training.history import read_history
 from training.listener import Listener
 from training.parents import is_done
+from training.picture_log import pictures_that_count
 from training.run import train_schedule
+from training.stage_job import StageJob, Superseded, prove_same_world
 from training.stop_switch import Interrupted
 from training.store import Store, open_store
+from training.team import Team
 from training.where import Where, check_where
-from training.worker import StageJob, StageTraining, Superseded, Team, prove_same_world
+from training.worker import StageTraining
 from vggcore.errors import DatasetError, DeviceError, RecipeError, StoreError
 from vggcore.recipe import Recipe, parse_recipe
 from vggcore.schedule import Stage, resolve_stages, stage_keys
@@ -83,7 +86,7 @@ def training(world, **changes) -> StageTraining:
 
 
 def gradients(part: StageTraining) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in part.net.parameters()])
+    return torch.cat([parameter.grad.flatten() for parameter in part.learner.net.parameters()])
 
 
 def share_of(batch: Batch, start: int, stop: int) -> Batch:
@@ -97,7 +100,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(world, micro_ba
     whole, parts = training(world), training(world, micro_batch=micro_batch)
     batch = next(whole.loader.epoch(0))
 
-    losses = whole.add_gradient(batch), parts.add_gradient(batch)
+    losses = whole.learner.add_gradient(batch, 0), parts.learner.add_gradient(batch, 0)
 
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
@@ -106,10 +109,10 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(world, micro_ba
 def test_workers_shares_add_up_to_the_gradient_of_the_whole_batch_also_where_one_has_no_picture(world):
     whole, worker = training(world), training(world)
     batch = next(whole.loader.epoch(0))
-    whole.add_gradient(batch)
+    whole.learner.add_gradient(batch, 0)
 
     for start, stop in ((0, 4), (4, 7), (7, 7)):
-        worker.add_gradient(share_of(batch, start, stop))
+        worker.learner.add_gradient(share_of(batch, start, stop), 0)
 
     torch.testing.assert_close(gradients(worker), gradients(whole), rtol=1e-4, atol=1e-6)
 
@@ -119,11 +122,11 @@ def test_the_last_short_batch_is_a_mean_over_its_own_pictures(world):
     *_, last = part.loader.epoch(0)
     assert (last.size, len(last.labels)) == (3, 3)      # 24 pictures in batches of 7
 
-    part.model.train()
-    loss_sum = part.add_gradient(last)
+    part.learner.model.train()
+    loss_sum = part.learner.add_gradient(last, 0)
     scaled = gradients(part)
-    part.optimizer.zero_grad()
-    logits_loss = part.losses(last.images, last.labels, last.rows)
+    part.learner.optimizer.zero_grad()
+    logits_loss = part.learner.losses(last.images, last.labels, last.rows, 0)
     (logits_loss / 3).backward()
 
     assert loss_sum == pytest.approx(float(logits_loss.detach()), rel=1e-6)
@@ -229,9 +232,42 @@ def test_what_cannot_work_is_said_before_anything_starts(world):
 def test_validation_is_the_same_from_memory_as_from_the_pictures(world):
     part = training(world)
 
-    first = part.validate()
-    assert part.val_views is not None
-    again = part.validate()
+    first = part.validation.measure(part.learner, lambda: False)
+    assert part.validation.views is not None
+    again = part.validation.measure(part.learner, lambda: False)
 
     assert first == again
     assert first[0] in np.arange(0, 7) / 6       # 6 pictures in val
+
+
+def test_the_picture_log_has_every_picture_once_an_epoch_and_counts_what_was_trained_again_once(world, tmp_path):
+    recipe, _, manifest = world
+    store = open_store(tmp_path / "store")
+    shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
+    stages, keys = schedule_of(recipe, manifest, max_epochs=2)
+    folder = store.stage(keys["A-36"])
+
+    train_schedule(stages, keys, manifest, Where(store, log_pictures=True), Listener())
+    first = pictures_that_count(folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints")                 # all is trained again, by a second start
+    train_schedule(stages, keys, manifest, Where(store, log_pictures=True), Listener())
+    with (folder / "pictures" / "rank-0.jsonl").open("a") as file:
+        file.write('{"start": 3, "iteration": 1, "pict')     # cut short by a kill
+
+    assert pictures_that_count(folder) == first
+    assert len(first) == 8 and len((folder / "pictures" / "rank-0.jsonl").read_text().splitlines()) == 17
+    for epoch in (0, 1):
+        seen = [picture for iteration in range(4 * epoch + 1, 4 * epoch + 5) for picture in first[iteration]]
+        assert sorted(seen) == list(range(24))
+    assert first[1] != first[5]                           # each epoch in an order of its own
+
+
+def test_a_stop_during_validation_keeps_the_epoch_and_validates_again(world, tmp_path):
+    part = training(world)
+    told = iter([True])
+
+    stopped = part.validation.measure(part.learner, lambda: next(told))
+
+    assert stopped is None
+    assert part.validation.measure(part.learner, lambda: False) is not None

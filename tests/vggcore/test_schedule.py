@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vggcore.recipe import BEST_ON_VAL, parse_recipe
-from vggcore.schedule import EXEMPT, Stage, evaluated_stages, resolve_stages, schedule_key, stage_keys
+from vggcore.schedule import EXEMPT, LATER, Stage, evaluated_stages, resolve_stages, schedule_key, stage_keys
 
 RECIPE = """
 name = "pets"
@@ -70,6 +70,7 @@ CHANGES = [
     ("precision",        '[train]\nprecision = "bf16"', "", ALL),
     ("channels_last",    "[train]\nchannels_last = false", "", ALL),
     ("compile",          "[train]\ncompile = true", "", ALL),
+    ("all_reduce",       '[train]\nall_reduce = "bf16"', "", ALL),
     ("net",              'net = "A-LRN"', 'net = "A"', ALL),
     ("scale",            "scale = [256, 288]\ninit_from = \"A-256\"", 'scale = 256\ninit_from = "A-256"', {"D-256", "D-384"}),
     ("learning_rate",    "learning_rate = 2e-3", "learning_rate = 1e-3", {"D-384"}),
@@ -96,6 +97,13 @@ def test_a_key_follows_what_changes_a_weight_and_nothing_else(field, new, old, c
 
     assert text != RECIPE
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_setting_that_came_later_leaves_the_keys_of_who_does_not_use_it():
+    stage = stages_of(RECIPE)[0]
+
+    assert keys_of(RECIPE)["A-256"] == "63871f13f3792613"      # as stores have it that were made before [train] all_reduce
+    assert Stage.model_validate(stage.model_dump(exclude=set(LATER))) == stage
 
 
 def test_every_setting_of_a_stage_is_in_the_table_above_or_exempt_by_name():

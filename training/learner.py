@@ -1,0 +1,144 @@
+"""A stage's net and optimiser in one worker, and the gradient of an iteration: the same whatever the number of workers."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.loader import Batch
+from training.checkpoint import Checkpoint
+from training.optimise import make_optimizer
+from training.stage_job import StageJob
+from training.team import Team
+from vggcore.initialise import copy_from_parent, initialise_net
+from vggcore.nets import Vgg, build_net
+from vggcore.schedule import Stage
+from vggcore.weights import load_weights
+
+
+def set_up_torch(job: StageJob) -> None:
+    """Threads and the numeric choices that the stage's key stands for."""
+    torch.set_num_threads(job.threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    tf32 = job.stage.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+class Learner:
+    """The net, the same net as it is called in training (`model`: compiled, averaged over workers), and its optimiser."""
+
+    def __init__(self, job: StageJob, classes: int, team: Team, checkpoint: Checkpoint | None) -> None:
+        """Builds both and gives them the checkpoint's state, or the stage's first weights."""
+        self.stage, self.team = job.stage, team
+        stage = job.stage
+        self.net = build_net(
+            stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
+        )
+        if checkpoint is None:
+            first_weights(self.net, job)
+        else:
+            self.net.load_state_dict(checkpoint.weights())
+        self.net.to(team.device)
+        self.net.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
+        self.optimizer = make_optimizer(self.net.parameters(), stage)
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(checkpoint.optimizer_state())
+        self.model = self.parallel_model()
+
+    def parallel_model(self) -> torch.nn.Module:
+        """The net as it is called in training: compiled if asked, gradients averaged over the workers."""
+        model = cast(torch.nn.Module, torch.compile(self.net)) if self.stage.compile else self.net
+        if self.team.world_size == 1:
+            return model
+        devices = [self.team.device] if self.team.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        if self.stage.all_reduce == "bf16":
+            model.register_comm_hook(None, bf16_compress_hook)
+        self.warm_up(model)
+        return model
+
+    def warm_up(self, model: torch.nn.Module) -> None:
+        """Two passes whose gradients are thrown away, so that a resumed run sums gradients in the same order.
+
+        DDP regroups its buckets after its first backward: without this, from three workers on the first iteration
+        after a start differs in the last bits from the same iteration in the middle of a run (measured, DESIGN 5).
+        """
+        model.train()
+        for _ in range(2):
+            images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=self.team.device)
+            self.net.set_draws(self.stage.seed, 0, torch.zeros(1, dtype=torch.int64, device=self.team.device))
+            model(self.laid_out(images)).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in the memory layout that the stage's convolutions want."""
+        return images.contiguous(memory_format=torch.channels_last) if self.stage.channels_last else images
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
+
+    def add_gradient(self, batch: Batch | None, iteration: int) -> float:
+        """Adds this worker's part of the gradient of the global batch's mean loss; returns its sum of losses.
+
+        iteration: updates before this one; it decides the dropout masks. DDP averages over workers, so each part is the
+        sum of losses over world_size / global size. A worker without pictures runs one zero image with its loss times 0,
+        to take part in the collectives.
+        """
+        device = self.team.device
+        if batch is None or len(batch.labels) == 0:
+            images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=device)
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            torch.autograd.backward(self.losses(images, zero, zero, iteration) * 0.0)
+            return 0.0
+        micro = self.stage.micro_batch or len(batch.labels)
+        starts = range(0, len(batch.labels), micro)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in starts:
+            part = slice(start, start + micro)
+            with self.exchange(start == starts[-1]):
+                loss = self.losses(batch.images[part], batch.labels[part], batch.rows[part], iteration)
+                torch.autograd.backward(loss * (self.team.world_size / batch.size))
+            total += loss.detach().double()
+        return float(total)
+
+    def exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged once an iteration, with the last micro-batch."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def losses(self, images: Tensor, labels: Tensor, rows: Tensor, iteration: int) -> Tensor:
+        """The sum of the pictures' cross-entropy losses, a float32 scalar."""
+        self.net.set_draws(self.stage.seed, iteration, rows)
+        with self.autocast():
+            logits = self.model(self.laid_out(images))
+        return cross_entropy(logits.float(), labels, reduction="sum")
+
+    @torch.inference_mode()
+    def each_loss(self, batch: Batch, iteration: int) -> Tensor:
+        """The loss of each picture of a batch with training's masks, (n,) float32; no other worker takes part."""
+        self.net.set_draws(self.stage.seed, iteration, batch.rows)
+        with self.autocast():
+            logits = self.net(self.laid_out(batch.images))
+        return cross_entropy(logits.float(), batch.labels, reduction="none")
+
+    def update(self) -> None:
+        """One step of the optimiser, by the gradient that has come together."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def first_weights(net: Vgg, job: StageJob) -> None:
+    """Random weights, and over them what the parent gives."""
+    stage: Stage = job.stage
+    initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
+    if job.parent is not None:
+        parent_net, weights = job.parent
+        copy_from_parent(net, load_weights(weights), net_name=stage.net, parent_name=parent_net, head=stage.head)

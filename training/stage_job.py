@@ -1,0 +1,75 @@
+"""What a worker is told about the stage it trains, and how it proves that it sees what the driver sees."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.manifest import Manifest
+from pipelines.plan import ViewRule
+from training.store import Store
+from vggcore.errors import DatasetError, StoreError, VggrowError
+from vggcore.recipe import NetName
+from vggcore.schedule import Stage
+from vggcore.whole_file import write_json
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """All that a worker needs to know; it travels to the workers by pickle."""
+
+    stage: Stage
+    key: str
+    store: Path
+    fingerprint: str
+    parent: tuple[NetName, Path] | None    # the parent's net and its weights; None: random weights
+    lock: str                          # name of the lock under which this stage is trained
+    fence: int                         # the lock's number, see store.fence_holds
+    nonce: str                         # what every worker must read in the store
+    device: str                        # "cpu" or "cuda"
+    threads: int                       # CPU threads a worker, for torch and for DALI each
+    cached: bool = True                # read the decoded cache where the store has it
+    preemptible: bool = False          # Ray may say that a node will be taken away: ask it
+    log_pictures: bool = False         # keep which pictures each worker trained, see picture_log
+
+
+class Superseded(Exception):
+    """Another command has taken the stage over; this worker writes nothing any more."""
+
+
+def prove_same_world(job: StageJob, manifest: Manifest) -> None:
+    """StoreError or DatasetError unless this worker reads the driver's store and the scan's pictures."""
+    store = Store(job.store)
+    nonce = store.locks / f"{job.lock}.nonce"
+    if not nonce.exists() or nonce.read_text() != job.nonce:
+        raise StoreError(
+            f"--store {job.store}: a worker does not see the store that the driver sees; name a folder that every node"
+            " mounts at the same path"
+        )
+    pictures = manifest.split("train")
+    for index in sorted({0, len(pictures.paths) // 2, len(pictures.paths) - 1}):
+        path = pictures.root / pictures.paths[index]
+        found = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.exists() else "no file"
+        if found != pictures.contents[index]:
+            raise DatasetError(
+                f"{path}: a worker finds other content than the scan did ({found}, scanned {pictures.contents[index]});"
+                " every node must see the same pictures; start again to scan again"
+            )
+
+
+def record_problem(job: StageJob, problem: VggrowError) -> None:
+    """Leaves the problem for the conductor, which raises it again."""
+    found = {"fence": job.fence, "type": type(problem).__name__, "message": str(problem)}
+    write_json(Store(job.store).stage(job.key) / "error.json", found)
+
+
+def view_rule(stage: Stage) -> ViewRule:
+    """What of a stage decides its views."""
+    return ViewRule(
+        seed=stage.seed,
+        net=stage.net,
+        scale=stage.scale,
+        crop=stage.crop,
+        flip=stage.flip,
+        colour=stage.colour,
+        global_batch=stage.global_batch,
+    )
