@@ -38,7 +38,7 @@ def start_ray(store: Store, *, address: str | None, cpus: int, stall_s: float, e
     """Connects to the cluster at `address` (or RAY_ADDRESS), or starts Ray here with `cpus` logical CPUs; idempotent.
 
     stall_s: how long a worker may be silent; elastic: the number of workers may change while a stage runs. Raises
-    ClusterError when the address does not answer.
+    ClusterError when the address does not answer, or Ray does not start here.
     """
     if ray.is_initialized():
         return
@@ -50,13 +50,19 @@ def start_ray(store: Store, *, address: str | None, cpus: int, stall_s: float, e
         os.environ.setdefault(name, value)
     if address is None or address == "local":
         keep_token(store.root / "ray_auth_token")
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:      # a start that takes too long is a bare Exception in Ray
+            raise ClusterError(
+                f"Ray does not start on this machine: {first_line(error)} Is it very busy, or short of memory? Start the same"
+                " command again, or leave --workers out: one worker needs no Ray processes"
+            ) from error
         return
     check_address(address)
     try:

@@ -170,3 +170,29 @@ def mlflow_points(store: Path, metric: str) -> list[tuple[int, float]]:
     (run,) = client.search_runs([experiment.experiment_id], "tags.`vggrow.kind` = 'stage'")
     points = client.get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.value) for point in points)
+
+
+@pytest.mark.slow
+def test_gradients_that_travel_in_bf16_change_the_losses_in_the_third_digit_and_resume_to_the_same_bits(
+    uninterrupted, make_recipe, tmp_path, moment
+):
+    recipe = make_recipe(epochs=EPOCHS, every="5 iterations")
+    recipe.write_text(recipe.read_text().replace("[train]", '[train]\nall_reduce = "bf16"'))
+    whole = vggrow("train", recipe, "--workers", 2, "--store", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    store, at = tmp_path / "store", moment.randrange(3, EPOCHS * BATCHES - 10)
+
+    running = Running("train", recipe, "--workers", 2, "--store", store, log=tmp_path / "log")
+    try:
+        wait_until(lambda: iterations(store) >= at, timeout_s=240, running=running)
+        running.send(SIGKILL)
+    finally:
+        running.kill_everything()
+    again = vggrow("train", recipe, "--workers", 2, "--store", store)
+
+    assert again.returncode == 0, again.stderr
+    assert weights(store) == weights(tmp_path / "whole") != weights(uninterrupted)
+    losses, in_fp32 = (
+        [loss for epoch, _, loss, _ in journal(where)[: 2 * (BATCHES + 1)] if epoch is None] for where in (store, uninterrupted)
+    )
+    assert losses == pytest.approx(in_fp32, rel=0.02)
