@@ -77,10 +77,7 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
     keep_memory()
     batch = min(stage.global_batch, len(manifest.split("train")))
     limit = max(matmul_limit(stage, job.device, seconds / 10) for _ in range(3))
-    loop = bare_loop(job, classes=classes, batch=batch)
-    next(loop)
-    iteration = least(lambda: lambda: next(loop), seconds / 10, job.device)
-    del loop    # its net goes before the next one is made
+    iteration = whole_iteration(job, classes, batch, seconds / 10)
     net, optimizer = made_net(job, classes)
     net.set_draws(stage.seed, 0, torch.arange(batch, device=job.device))
     rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
@@ -115,6 +112,12 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
         machine=machine(),
         versions=versions(),
     )
+
+
+def whole_iteration(job: StageJob, classes: int, batch: int, seconds: float) -> float:
+    """The least seconds of forward, backward and update together."""
+    loop = bare_loop(job, classes=classes, batch=batch)
+    return least(lambda: lambda: next(loop), seconds, job.device)
 
 
 def part(name: str, seconds: float) -> LayerTime:

@@ -51,7 +51,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: 
         momentum=stage.momentum,
         weight_decay=stage.weight_decay,
         foreach=sgd == "foreach",
-        fused=sgd == "fused",
+        fused=True if sgd == "fused" else None,
     )
 
 
