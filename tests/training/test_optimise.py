@@ -1,5 +1,7 @@
 """The learning-rate rule on made-up accuracy curves (Sec. 3.1)."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_the_three_ways_to_update_are_the_same_update_and_go_on_from_each_others
 
     for number, gradients in enumerate(steps):
         if number == 2:    # a checkpoint of the usual way, taken up
-            optimizers[sgd].load_state_dict(optimizers["foreach"].state_dict())
+            optimizers[sgd].load_state_dict(deepcopy(optimizers["foreach"].state_dict()))
         for way, weight in weights.items():
             weight.grad = gradients[0].clone()
             optimizers[way].step()
