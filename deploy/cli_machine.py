@@ -26,6 +26,9 @@ def bench() -> None:
 @bench.command("train")
 @click.argument("recipe", type=RECIPE)
 @click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first]")
+@click.option("--settings", is_flag=True, help="Bare training under each choice of speed instead, one changed at a time.")
+@click.option("--layers", is_flag=True, help="Where bare training's time goes instead, layer by layer.")
+@click.option("--batch", type=click.IntRange(1), help="Pictures an iteration.  [default: the recipe's global_batch]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads, of torch and of each loader.  [default: all cores]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each figure in each turn.")
@@ -33,18 +36,32 @@ def bench() -> None:
 @store_option
 @json_option
 def bench_train(
-    recipe: Path, name: str | None, threads: int | None, device: str, seconds: float, turns: int, store: str, as_json: bool
+    recipe: Path,
+    name: str | None,
+    settings: bool,
+    layers: bool,
+    batch: int | None,
+    threads: int | None,
+    device: str,
+    seconds: float,
+    turns: int,
+    store: str,
+    as_json: bool,
 ) -> None:
     """Measure a stage of RECIPE: matrix multiplication, bare training, a plain PyTorch loop, and our whole stage.
 
     The four are measured in turns in one process. Trains nothing that is kept.
 
     \b
-    Example:
+    Examples:
         vggrow bench train training/recipes/elpv.toml --stage A-72
+        vggrow bench train training/recipes/elpv.toml --settings
+        vggrow bench train paper.toml --stage D-256 --batch 4 --layers
     """
     from deploy.scans import scan_data
-    from training.bench import measure, speeds_text
+    from training.bench import bench_job, measure, speeds_text
+    from training.bench_layers import layers_text, measure_layers
+    from training.bench_settings import measure_settings, settings_text
     from training.store import open_store
     from training.where import Where, check_where, cores
     from vggcore.errors import RecipeError
@@ -55,16 +72,27 @@ def bench_train(
     stages = {stage.name: stage for stage in resolve_stages(loaded)}
     if name is not None and name not in stages:
         raise RecipeError(f"--stage {name}: no such stage in {recipe}{nearest(name, list(stages))}")
+    if settings and layers:
+        raise RecipeError("--settings --layers: each is a measurement of its own; ask for one")
     stage = stages[name] if name is not None else next(iter(stages.values()))
+    if batch is not None:
+        stage = stage.model_copy(update={"global_batch": batch})
     check_where(Where(store=opened, device=device), [stage])
     manifest = scan_data(loaded.data, opened, threads=cores())
-    found = measure(
-        stage, manifest, opened, threads=threads or cores(), device=device, seconds=seconds, turns=turns
-    )
-    if as_json:
-        print_json(found.to_json())
+    job = bench_job(stage, manifest, opened.root, threads=threads or cores(), device=device)
+    if settings:
+        choices = measure_settings(job, manifest, seconds=seconds, turns=turns)
+        told, text = choices.to_json(), settings_text(choices)
+    elif layers:
+        times = measure_layers(job, manifest, seconds=seconds)
+        told, text = times.to_json(), layers_text(times)
     else:
-        click.echo(speeds_text(found))
+        speeds = measure(stage, manifest, opened, threads=job.threads, device=device, seconds=seconds, turns=turns)
+        told, text = speeds.to_json(), speeds_text(speeds)
+    if as_json:
+        print_json(told)
+    else:
+        click.echo(text)
 
 
 @click.command()

@@ -131,7 +131,7 @@ class TrainLoader:
                 found = np.zeros(0, np.int64)
             yield Batch(
                 images=images,
-                labels=torch.from_numpy(self.pictures.labels[found]).to(self.device),
+                labels=on_device(self.pictures.labels[found], self.device),
                 rows=torch.arange(start, stop, device=self.device),
                 pictures=found,
                 size=size,
@@ -209,8 +209,7 @@ class TestLoader:
     def read(self, feed: "Feed", planned: Sequence[Integers], make_columns: MakeColumns) -> Iterator[TestBatch]:
         """The planned batches with their labels and indices."""
         for images, found in feed.batches(planned, make_columns):
-            labels = torch.from_numpy(self.pictures.labels[found]).to(self.device)
-            yield images, labels, torch.from_numpy(found)
+            yield images, on_device(self.pictures.labels[found], self.device), torch.from_numpy(found)
 
     def feed(self, crop: int, batch: int) -> "Feed":
         """The feed for centre crops (or whole pictures: crop 0) in batches of `batch`, built when first asked for."""
@@ -364,6 +363,12 @@ def columns_of(pictures: Pictures, rows: Views, mean: NDArray[np.float64], cache
         "mirror": rows.mirror,
         "mean": (mean - rows.shift).astype(np.float32),
     }
+
+
+def on_device(numbers: Integers, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor on the device; on a GPU from pinned memory, so that nobody waits for what the GPU still has to do."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def file_names(pictures: Pictures, indices: Integers) -> list[NDArray[np.uint8]]:

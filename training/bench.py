@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.cache import make_cache
+from pipelines.cache import cache_folder, make_cache, open_cache
 from pipelines.manifest import Manifest, Pictures
-from training.learner import set_up_torch
-from training.optimise import make_optimizer
+from training.learner import Learner, set_up_torch
+from training.optimise import Sgd, make_optimizer
 from training.stage_job import StageJob
 from training.store import Store
 from training.team import Team
+from training.validation import VAL_BATCH, Validation
 from training.worker import StageTraining
 from vggcore.errors import VggrowError
 from vggcore.initialise import initialise_net
 from vggcore.nets import Vgg, build_net, layer_table
 from vggcore.schedule import Stage
 
-MATRIX = 2048                    # side of the matrices of (i): far above the caches, as large layers are
+MATRIX = {"cpu": 2048, "cuda": 8192}    # side of the matrices of (i): far above the caches, as large layers are
 BACKWARD = 3                     # multiplications of forward and backward together, in those of forward
 LIBRARIES = ("torch", "nvidia-dali-cuda130", "ray", "torchvision", "numpy")
 
@@ -51,12 +53,16 @@ class Speeds:
     precision: str
     threads: int
     device: str
-    operations_per_image: float      # 2 * multiply-adds * 3
+    operations_per_image: float      # multiplications and additions of forward and backward
     limit: float                     # (i)
     bare: float                      # (ii)
     plain: float | None              # (iii); None without torchvision
     ours: float                      # (iv), files decoded
     ours_cached: float               # (iv), from the decoded cache
+    train_pictures: int
+    val_pictures: int
+    validation_first: float          # images/s of the first validation, read from the decoded cache
+    validation_later: float          # and of the later ones, whose views are in memory where they are few enough
     machine: str
     versions: dict[str, str]
 
@@ -65,9 +71,15 @@ class Speeds:
         """(ii) of (i)."""
         return self.bare * self.operations_per_image / self.limit
 
+    def of_epoch(self, validation: float) -> float:
+        """Seconds of a validation at this speed, of the seconds of an epoch of training from the decoded cache."""
+        return (self.val_pictures / validation) / (self.train_pictures / self.ours_cached)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the ratios that count."""
         return asdict(self) | {
+            "validation_first_of_epoch": self.of_epoch(self.validation_first),
+            "validation_later_of_epoch": self.of_epoch(self.validation_later),
             "bare_of_limit": self.bare_share,
             "ours_of_bare": self.ours / self.bare,
             "ours_cached_of_bare": self.ours_cached / self.bare,
@@ -101,8 +113,9 @@ def measure(
             ):
                 if figure is not None:
                     figures.setdefault(name, []).append(figure())
+            for name, speed in zip(("first", "later"), validations(job, manifest, figures["bare"][-1] * seconds), strict=True):
+                figures.setdefault(name, []).append(speed)
     medians = {name: statistics.median(values) for name, values in figures.items()}
-    rows = layer_table(stage.net, classes=len(manifest.classes), head=stage.head, width=stage.width, crop=stage.crop)
     return Speeds(
         stage=stage.name,
         net=stage.net,
@@ -111,14 +124,18 @@ def measure(
         precision=stage.precision,
         threads=threads,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        operations_per_image=2.0 * BACKWARD * sum(row.macs for row in rows),
+        operations_per_image=operations(stage, len(manifest.classes)),
         limit=medians["limit"],
         bare=medians["bare"],
         plain=medians.get("plain"),
         ours=medians["ours"],
         ours_cached=medians["ours_cached"],
+        train_pictures=len(manifest.split("train")),
+        val_pictures=len(manifest.split("val")),
+        validation_first=medians["first"],
+        validation_later=medians["later"],
         machine=machine(),
-        versions={name: version(name) for name in LIBRARIES if installed(name)},
+        versions=versions(),
     )
 
 
@@ -138,6 +155,12 @@ def bench_job(stage: Stage, manifest: Manifest, scratch: Path, *, threads: int, 
     )
 
 
+def operations(stage: Stage, classes: int) -> float:
+    """Multiplications and additions of a picture's forward and backward; the first conv has no gradient of its input."""
+    rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    return 2.0 * (BACKWARD * sum(row.macs for row in rows) - rows[0].macs)
+
+
 def dtype_of(stage: Stage) -> torch.dtype:
     """What the stage multiplies."""
     return torch.bfloat16 if stage.precision == "bf16" else torch.float32
@@ -145,7 +168,8 @@ def dtype_of(stage: Stage) -> torch.dtype:
 
 def matmul_limit(stage: Stage, device: str, seconds: float) -> float:
     """(i) Multiplications and additions a second of square matrices in the stage's precision."""
-    one, other = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype_of(stage)) for _ in range(2))
+    side = MATRIX[device]
+    one, other = (torch.randn(side, side, device=device, dtype=dtype_of(stage)) for _ in range(2))
     out = torch.empty_like(one)
 
     def multiply() -> Iterator[int]:
@@ -154,10 +178,10 @@ def matmul_limit(stage: Stage, device: str, seconds: float) -> float:
             wait_for(device)
             yield 1
 
-    return rate(multiply(), seconds) * 2.0 * MATRIX**3
+    return rate(multiply(), seconds) * 2.0 * side**3
 
 
-def made_net(job: StageJob, classes: int) -> tuple[Vgg, torch.optim.SGD]:
+def made_net(job: StageJob, classes: int, sgd: Sgd = "foreach") -> tuple[Vgg, torch.optim.SGD]:
     """The stage's net with first weights in its memory format, and its optimiser."""
     stage = job.stage
     net = build_net(
@@ -165,37 +189,57 @@ def made_net(job: StageJob, classes: int) -> tuple[Vgg, torch.optim.SGD]:
     )
     initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     net.to(job.device).to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
-    return net.train(), make_optimizer(net.parameters(), stage)
+    return net.train(), make_optimizer(net.parameters(), stage, sgd)
 
 
-def update(job: StageJob, net: nn.Module, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor) -> None:
+def update(
+    job: StageJob,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    set_to_none: bool = True,
+) -> None:
     """Forward, backward and update, as our loop does them and as anyone would."""
     if job.stage.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=job.stage.precision == "bf16"):
-        logits = net(images)
+        logits = model(images)
     torch.autograd.backward(cross_entropy(logits.float(), labels))
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def bare_loop(
+    job: StageJob,
+    *,
+    classes: int,
+    batch: int,
+    first: tuple[int, ...] = (),
+    sgd: Sgd = "foreach",
+    set_to_none: bool = True,
+) -> Iterator[int]:
+    """(ii) on one batch in memory, an iteration a step: yields its pictures.
+
+    first: pictures of the first iterations, at most `batch`; then `batch` for ever.
+    """
+    net, optimizer = made_net(job, classes, sgd)
+    model: nn.Module = torch.compile(net, dynamic=False) if job.stage.compile else net    # type: ignore[assignment]
+    images = torch.randn(batch, 3, job.stage.crop, job.stage.crop, device=job.device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=job.device)
+    for iteration in count():
+        size = first[iteration] if iteration < len(first) else batch
+        net.set_draws(job.stage.seed, iteration, torch.arange(size, device=job.device))
+        update(job, model, optimizer, images[:size], labels[:size], set_to_none=set_to_none)
+        wait_for(job.device)
+        yield size
 
 
 def bare_images(job: StageJob, manifest: Manifest, seconds: float) -> float:
-    """(ii) Images a second on one batch in memory."""
-    net, optimizer = made_net(job, len(manifest.classes))
+    """(ii) Images a second."""
     batch = min(job.stage.global_batch, len(manifest.split("train")))
-    images = torch.randn(batch, 3, job.stage.crop, job.stage.crop, device=job.device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=job.device)
-
-    def train() -> Iterator[int]:
-        iteration = 0
-        while True:
-            net.set_draws(job.stage.seed, iteration, torch.arange(batch, device=job.device))
-            update(job, net, optimizer, images, labels)
-            wait_for(job.device)
-            iteration += 1
-            yield batch
-
-    return rate(train(), seconds)
+    return rate(bare_loop(job, classes=len(manifest.classes), batch=batch), seconds)
 
 
 class Views(Dataset[tuple[Tensor, int]]):
@@ -268,15 +312,40 @@ def our_loop(job: StageJob, manifest: Manifest, *, cached: bool) -> Iterator[int
         training.validation.close()
 
 
+def validations(job: StageJob, manifest: Manifest, enough: float) -> tuple[float, float]:
+    """Images a second of a stage's first validation and of the next one, over all of val or `enough` of its pictures."""
+    team = Team(torch.device(job.device))
+    cache = open_cache(cache_folder(job.store, job.fingerprint))
+    learner, validation = Learner(job, len(manifest.classes), team, None), Validation(job, manifest, team, cache)
+    few = slice(0, max(VAL_BATCH, round(enough)))
+    validation.pictures = replace(
+        validation.pictures, paths=validation.pictures.paths[few], labels=validation.pictures.labels[few]
+    )
+    speeds = []
+    try:
+        for _ in range(2):
+            began = time.monotonic()
+            validation.measure(learner, lambda: False)
+            speeds.append(len(validation.pictures.paths) / (time.monotonic() - began))
+    finally:
+        validation.close()
+    return speeds[0], speeds[1]
+
+
 def rate(steps: Iterator[int], seconds: float) -> float:
-    """What steps yield, a second, over `seconds` and two steps at least; the first two are not counted."""
-    for _ in range(2):
+    """What steps yield, a second, over `seconds` and two steps at least.
+
+    Two steps before are not counted, or one where it takes longer than `seconds`.
+    """
+    began = time.monotonic()
+    next(steps)
+    if time.monotonic() - began < seconds:
         next(steps)
     done, began = 0, time.monotonic()
-    count = 0
-    while time.monotonic() - began < seconds or count < 2:
+    counted = 0
+    while time.monotonic() - began < seconds or counted < 2:
         done += next(steps)
-        count += 1
+        counted += 1
     return done / (time.monotonic() - began)
 
 
@@ -295,10 +364,25 @@ def installed(name: str) -> bool:
     return True
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that make the figures."""
+    return {name: version(name) for name in LIBRARIES if installed(name)}
+
+
+def processor_lines(name: str) -> list[str]:
+    """What /proc/cpuinfo says under a name, core by core; empty where there is no such file."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)]
+
+
+def processor_flags() -> set[str]:
+    """What the processor can do, in Linux's words."""
+    return set(" ".join(processor_lines("flags")[:1] + processor_lines("Features")[:1]).split())
+
+
 def machine() -> str:
     """Processor, cores, Python."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    names = processor_lines("model name")
     cores = len(os.sched_getaffinity(0))
     return f"{names[0] if names else platform.processor()}, {cores} cores, Python {platform.python_version()}"
 
@@ -317,6 +401,9 @@ def speeds_text(found: Speeds) -> str:
         + ("" if found.plain is None else f"   {told['ours_of_plain']:.2f} of (iii)"),
         f"(iv)  our stage, cached       {found.ours_cached:,.1f} images/s   {told['ours_cached_of_bare']:.2f} of (ii)"
         + ("" if found.plain is None else f"   {told['ours_cached_of_plain']:.2f} of (iii)"),
+        f"validation                  {told['validation_first_of_epoch']:.1%} of an epoch the first time,"
+        f" {told['validation_later_of_epoch']:.1%} later"
+        f" ({found.val_pictures} pictures beside {found.train_pictures} trained, from the cache)",
         f"{found.machine}; " + ", ".join(f"{name} {number}" for name, number in found.versions.items()),
     ]
     return "\n".join(lines)

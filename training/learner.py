@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.loader import Batch
 from training.checkpoint import Checkpoint
+from training.memory import keep_memory
 from training.optimise import make_optimizer
 from training.stage_job import StageJob
 from training.team import Team
@@ -23,6 +24,7 @@ from vggcore.weights import load_weights
 def set_up_torch(job: StageJob) -> None:
     """Threads and the numeric choices that the stage's key stands for."""
     torch.set_num_threads(job.threads)
+    keep_memory()
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     tf32 = job.stage.precision == "tf32"
@@ -53,7 +55,8 @@ class Learner:
 
     def parallel_model(self) -> torch.nn.Module:
         """The net as it is called in training: compiled if asked, gradients averaged over the workers."""
-        model = cast(torch.nn.Module, torch.compile(self.net)) if self.stage.compile else self.net
+        # static shapes: a graph for the full batch and one for an epoch's last, short one, each compiled once
+        model = cast(torch.nn.Module, torch.compile(self.net, dynamic=False)) if self.stage.compile else self.net
         if self.team.world_size == 1:
             return model
         devices = [self.team.device] if self.team.device.type == "cuda" else None
@@ -84,8 +87,8 @@ class Learner:
         """The precision of forward passes."""
         return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
 
-    def add_gradient(self, batch: Batch | None, iteration: int) -> float:
-        """Adds this worker's part of the gradient of the global batch's mean loss; returns its sum of losses.
+    def add_gradient(self, batch: Batch | None, iteration: int) -> Tensor:
+        """Adds this worker's part of the gradient of the global batch's mean loss; its sum of losses, () float64.
 
         iteration: updates before this one; it decides the dropout masks. DDP averages over workers, so each part is the
         sum of losses over world_size / global size. A worker without pictures runs one zero image with its loss times 0,
@@ -96,7 +99,7 @@ class Learner:
             images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=device)
             zero = torch.zeros(1, dtype=torch.int64, device=device)
             torch.autograd.backward(self.losses(images, zero, zero, iteration) * 0.0)
-            return 0.0
+            return torch.zeros((), dtype=torch.float64, device=device)
         micro = self.stage.micro_batch or len(batch.labels)
         starts = range(0, len(batch.labels), micro)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -106,7 +109,7 @@ class Learner:
                 loss = self.losses(batch.images[part], batch.labels[part], batch.rows[part], iteration)
                 torch.autograd.backward(loss * (self.team.world_size / batch.size))
             total += loss.detach().double()
-        return float(total)
+        return total
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once an iteration, with the last micro-batch."""

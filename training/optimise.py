@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from vggcore.schedule import Stage
+
+Sgd = Literal["foreach", "fused", "loop"]    # torch's three ways to compute the same update
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,15 @@ class Plateau:
         return replace(self, learning_rate=self.learning_rate / 10, drops_left=self.drops_left - 1, stalled=0)
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage) -> torch.optim.SGD:
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: Sgd = "foreach") -> torch.optim.SGD:
     """SGD with momentum and weight decay on every parameter, biases included (Sec. 3.1)."""
     return torch.optim.SGD(
-        parameters, lr=stage.learning_rate, momentum=stage.momentum, weight_decay=stage.weight_decay, foreach=True
+        parameters,
+        lr=stage.learning_rate,
+        momentum=stage.momentum,
+        weight_decay=stage.weight_decay,
+        foreach=sgd == "foreach",
+        fused=True if sgd == "fused" else None,
     )
 
 

@@ -191,10 +191,12 @@ class StageTraining:
         coming = self.loader.epoch(progress.epoch, progress.batch)
         written_at, seconds_before, began = time.monotonic(), progress.seconds, time.monotonic()
         written_iteration = progress.iteration
+        batch, problem = next_batch(coming) if progress.batch < batches else (None, None)
         for index in range(progress.batch, batches):
-            batch, problem = next_batch(coming)
             problem = problem or self.writing_problem()
-            loss_sum = self.learner.add_gradient(batch, self.progress.iteration)
+            losses = self.learner.add_gradient(batch, self.progress.iteration)
+            following = next_batch(coming) if index + 1 < batches else (None, None)   # planned while a GPU is at work
+            loss_sum = float(losses)                                                  # waits for the GPU
             total_loss, stop, ask, problems = self.team.total(loss_sum, *self.orders.flags(), float(problem is not None))
             if problems:
                 return self.team.any_problem(problem) or TrainingError("a worker failed without a word")
@@ -230,6 +232,7 @@ class StageTraining:
             if due and index + 1 < batches:   # the epoch's end writes one anyway
                 self.checkpoint()
                 written_at, written_iteration = time.monotonic(), iteration
+            batch, problem = following
         return "done"
 
     def no_number(self, batch: Batch | None, iteration: int, total_loss: float) -> TrainingError:

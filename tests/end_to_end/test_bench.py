@@ -8,6 +8,7 @@ from tests.end_to_end.command import vggrow
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_four_figures_come_with_their_ratios_and_nothing_is_kept(make_recipe, tmp_path):
     recipe, store = make_recipe(), tmp_path / "store"
 
@@ -20,7 +21,54 @@ def test_the_four_figures_come_with_their_ratios_and_nothing_is_kept(make_recipe
     assert found["ours_of_bare"] == pytest.approx(found["ours"] / found["bare"])
     assert found["ours_of_plain"] == pytest.approx(found["ours"] / found["plain"])
     assert 0 < found["bare_of_limit"] < 1
+    assert (found["train_pictures"], found["val_pictures"]) == (60, 15)
+    epoch = found["train_pictures"] / found["ours_cached"]
+    assert found["validation_later_of_epoch"] == pytest.approx(15 / found["validation_later"] / epoch)
     assert {path.name for path in store.iterdir()} <= {"data", "locks"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_choice_of_speed_is_told_as_a_ratio_to_the_recipes_own_and_short_batches_compile_once(make_recipe, tmp_path):
+    recipe, store = make_recipe(), tmp_path / "store"
+
+    words = ("--settings", "--seconds", 0.1, "--turns", 2, "--threads", 1, "--store", store)
+    done = vggrow("bench", "train", recipe, *words, "--json", timeout_s=600)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    own, *others = found["choices"]
+    assert own["name"] == "as in the recipe" and own["of_default"] == [1.0, 1.0]
+    assert {"contiguous (NCHW)", "compile", "SGD fused", "gradients zeroed", "memory given back", "bf16"} <= {
+        choice["name"] for choice in others
+    }
+    assert all(choice["images_per_second"] > 0 and len(choice["of_default"]) == 2 for choice in others)
+    (compiled,) = (choice for choice in others if choice["name"] == "compile")
+    assert compiled["graphs"] == 2 and compiled["compile_seconds"] > 0    # 60 pictures in batches of 9: 9 and 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_layer_is_told_with_its_time_at_the_batch_that_is_asked_for(make_recipe, tmp_path):
+    recipe, store = make_recipe(), tmp_path / "store"
+
+    words = ("--layers", "--batch", 2, "--seconds", 0.5, "--threads", 1, "--store", store)
+    done = vggrow("bench", "train", recipe, *words, "--json")
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert found["batch"] == 2
+    assert layers["features.3"]["kind"] == "conv3-8" and layers["features.3"]["output"] == [8, 16, 16]
+    assert 0 < layers["features.3"]["of_limit"] < 1 and layers["features.1"]["of_limit"] is None
+    assert {"memory format", "classifier.6", "loss", "update"} <= set(layers)
+    assert all(layer["forward"] + layer["backward"] > 0 for layer in layers.values())
+
+
+def test_two_measurements_at_once_are_refused(make_recipe, tmp_path):
+    done = vggrow("bench", "train", make_recipe(), "--settings", "--layers", "--store", tmp_path / "store")
+
+    assert done.returncode == 2 and "--settings --layers: each is a measurement of its own" in done.stderr
 
 
 def test_a_stage_that_is_not_there_is_named(make_recipe, tmp_path):

@@ -1,5 +1,7 @@
 """The learning-rate rule on made-up accuracy curves (Sec. 3.1)."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -59,3 +61,20 @@ def test_weight_decay_and_momentum_reach_the_biases_too():
 
     # v1 = 0.5 * 1; w1 = 1 - 0.05; v2 = 0.9 * 0.5 + 0.5 * 0.95; w2 = w1 - 0.1 * v2
     assert bias.item() == pytest.approx(0.95 - 0.1 * (0.45 + 0.475))
+
+
+@pytest.mark.parametrize("sgd", ["fused", "loop"])
+def test_the_three_ways_to_update_are_the_same_update_and_go_on_from_each_others_state(sgd):
+    stage = Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    steps = [torch.randn(2, 33, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    weights = {way: torch.nn.Parameter(torch.ones(33)) for way in ("foreach", sgd)}
+    optimizers = {way: make_optimizer([weight], stage, way) for way, weight in weights.items()}
+
+    for number, gradients in enumerate(steps):
+        if number == 2:    # a checkpoint of the usual way, taken up
+            optimizers[sgd].load_state_dict(deepcopy(optimizers["foreach"].state_dict()))
+        for way, weight in weights.items():
+            weight.grad = gradients[0].clone()
+            optimizers[way].step()
+
+    torch.testing.assert_close(weights[sgd], weights["foreach"], rtol=1e-6, atol=1e-6)
