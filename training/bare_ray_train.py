@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch.nn.functional import cross_entropy
 
 from training.history import HistoryWriter
+from vggcore.initialise import initialise_net
 from vggcore.nets import build_net
 from vggcore.schedule import Stage
 
@@ -38,6 +39,7 @@ def train(config: dict[str, Any]) -> None:
     net = build_net(
         stage.net, classes=CLASSES, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
     ).train()
+    initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     if stage.channels_last:
         net.to(memory_format=cast(Any, torch.channels_last))
     optimizer = torch.optim.SGD(
@@ -69,14 +71,14 @@ def train(config: dict[str, Any]) -> None:
         torch.autograd.backward(loss)
         optimizer.step()
         if rank == 0:
-            history.add({"iteration": iteration, "train_loss": min(loss.item(), 1e9)})
+            history.add({"iteration": iteration})
         if iteration % config["every"] == 0:
             with tempfile.TemporaryDirectory() as part:
                 state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
                 if rank == 0:
                     torch.save(state, Path(part) / "state.pt")
                 saved_here = Checkpoint.from_directory(part) if rank == 0 else None
-                ray.train.report({"loss": loss.item()}, checkpoint=saved_here)
+                ray.train.report({"iteration": iteration}, checkpoint=saved_here)
 
 
 def main() -> None:
