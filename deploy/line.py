@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy import charts
 from deploy.package import log_package, write_package
 from deploy.registry import Registered, register_candidate
-from deploy.report import write_report
 from deploy.scans import scan_data
 from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
 from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
@@ -124,6 +122,8 @@ def run_line(
                 },
             }
             write_json(store.schedule(key) / "stages.json", record)
+            from deploy.report import write_report  # matplotlib: a second that no first step waits for
+
             report = write_report(store.root, key, store.schedule(key) / "report.html")
             tracker.log_results(tracker.parent_run_id, {}, [(report, "")])
     return Line(
@@ -264,6 +264,8 @@ def evaluate_all(
     cache: DecodedCache | None,
 ) -> dict[str, Evaluation]:
     """Evaluates on test what the recipe asks for and what may be registered; figures and pictures go to the stages' runs."""
+    from deploy import charts  # see write_report
+
     store = where.store
     wanted = {*evaluated_stages(recipe), registered_stage(recipe, stages, keys, store).name}
     found = {}
@@ -300,6 +302,8 @@ def evaluate_all(
 
 def view_sheet(stage: Stage, manifest: Manifest) -> bytes:
     """PNG of the first training views of a stage, as the net sees them but for the mean."""
+    from deploy import charts  # see write_report
+
     train, colour = manifest.split("train"), manifest.colour
     rule = view_rule(stage)
     loader = TrainLoader(

@@ -7,6 +7,7 @@ Rank 0 alone writes it; MLflow is filled from it. Epochs count from 1 here, as p
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,10 +26,10 @@ class HistoryWriter:
         """`may_write` raises when this process has lost the right to write."""
         self.path, self.may_write = path, may_write
         self.waiting: list[str] = []
-        self.flushed_at = time.monotonic()
+        self.flushed_at = -math.inf      # so that the first row is on disk at once
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keeps a row; it is on disk half a second later at the latest, or at the next flush."""
+        """Keeps a row; the first is on disk at once, others half a second later at the latest, or at the next flush."""
         self.waiting.append(json.dumps(row, allow_nan=False) + "\n")
         if time.monotonic() - self.flushed_at > FLUSH_EVERY_S:
             self.flush()

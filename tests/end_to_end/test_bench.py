@@ -1,10 +1,22 @@
-"""`vggrow bench train` measures what it says, side by side, and keeps nothing but the decoded pictures."""
+"""`vggrow bench` measures what it says, side by side, and leaves nothing behind but the decoded pictures of `bench train`."""
 
 import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.end_to_end.command import vggrow
+from tests.end_to_end.command import SIGINT, Running, vggrow, wait_until
+
+
+@pytest.fixture
+def temporary(monkeypatch) -> Iterator[Path]:
+    """The commands' folder for temporary files; its path is short, for Ray's sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 @pytest.mark.slow
@@ -75,3 +87,65 @@ def test_a_stage_that_is_not_there_is_named(make_recipe, tmp_path):
     done = vggrow("bench", "train", make_recipe(), "--stage", "A-63", "--store", tmp_path / "store")
 
     assert done.returncode == 2 and "--stage A-63: no such stage" in done.stderr and "did you mean 'A-36'?" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_recovery_is_measured_beside_bare_ray_train_and_nothing_is_left(make_recipe, temporary):
+    done = vggrow("bench", "recovery", make_recipe(), "--workers", 2, "--turns", 1, "--json", timeout_s=2900)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for measure in ("first_step", "worker", "command"):
+        for name in ("vggrow", "bare", "bare_quick"):
+            assert found["medians"][name][measure] > 0
+            assert found["seconds"][name][measure] == [found["medians"][name][measure]]
+        for name in ("bare", "bare_quick"):
+            ratio = found["medians"]["vggrow"][measure] / found["medians"][name][measure]
+            assert found["ratios"][measure][name] == pytest.approx(ratio)
+    assert found["medians"]["vggrow"]["new_store"] > 0 and found["medians"]["bare"]["new_store"] is None
+    assert all(number >= 0 for numbers in found["repeated"].values() for number in numbers)
+    assert "worker killed, to the first new step" in done.stderr
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_recovery_that_is_interrupted_ends_what_it_started_and_leaves_nothing(make_recipe, tmp_path, temporary):
+    running = Running("bench", "recovery", make_recipe(), "--turns", 1, log=tmp_path / "log")
+    try:
+        wait_until(lambda: len(running.workers()) == 2, timeout_s=600, running=running)
+        below = psutil.Process(running.process.pid).children(recursive=True)
+        running.send(SIGINT)
+        code = running.wait(120)
+    finally:
+        running.kill_everything()
+
+    assert code == 130 and "Traceback" not in running.output()
+    assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--stage", "A-63"), "--stage A-63: no such stage"),
+        (("--workers", "1"), "1 is not in the range x>=2"),
+        (("--workers", "10"), "--workers 10 is more than global_batch 9"),
+        (("--turns", "0"), "0 is not in the range x>=1"),
+    ],
+)
+def test_recovery_that_cannot_be_measured_is_refused_in_one_line(make_recipe, words, told):
+    done = vggrow("bench", "recovery", make_recipe(), *words)
+
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_whose_training_fails_ends_the_measuring_with_its_own_line(make_recipe, photos, tmp_path):
+    recipe = make_recipe()
+    recipe.write_text(recipe.read_text().replace(str(photos), str(tmp_path / "nowhere")))
+
+    done = vggrow("bench", "recovery", recipe, "--turns", 1)
+
+    assert done.returncode == 2 and "the command ended (2): error: " in done.stderr and "nowhere" in done.stderr

@@ -36,11 +36,21 @@ def test_a_writer_that_lost_its_right_writes_nothing(tmp_path):
         raise PermissionError
 
     writer = HistoryWriter(tmp_path / "history.jsonl", may_write)
-    writer.add(ROWS[0])
+    for _ in range(2):
+        with contextlib.suppress(PermissionError):
+            writer.add(ROWS[0])
     with contextlib.suppress(PermissionError):
         writer.flush()
 
     assert read_history(tmp_path / "history.jsonl") == []
+
+
+def test_the_first_row_is_on_disk_at_once(tmp_path):
+    writer = HistoryWriter(tmp_path / "history.jsonl", lambda: None)
+
+    writer.add(ROWS[0])
+
+    assert read_history(tmp_path / "history.jsonl") == ROWS[:1]
 
 
 def test_a_cut_within_an_epoch_drops_what_came_after(tmp_path):
