@@ -29,7 +29,8 @@ def draw(records: list[dict[str, Any]]) -> Figure:
             axes.annotate(ending, (seconds, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=7)
             for kill in kills:
                 marker, colour = MARKS[kill["kind"]]
-                axes.plot(kill["second"], place, marker=marker, color=colour, markersize=5.5, linestyle="none")
+                inside = colour if kill["phase"] == "training" else "white"
+                axes.plot(kill["second"], place, marker=marker, color=colour, markerfacecolor=inside, markersize=5.5)
                 axes.annotate(
                     f"{kill['iteration']}", (kill["second"], place), xytext=(0, 4.5), textcoords="offset points",
                     ha="center", va="bottom", fontsize=5.5, alpha=0.8,
@@ -39,7 +40,7 @@ def draw(records: list[dict[str, Any]]) -> Figure:
         axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=7.5)
         axes.set_ylim(len(rows) - 0.4, -0.8)
         axes.set_xlim(0, 1.12 * max(seconds for _, seconds, *_ in rows))
-        axes.set_xlabel("seconds since the run's first command; numbers: the iteration reached")
+        axes.set_xlabel("seconds since the run's first command; number: iteration reached; hollow: not in training")
         axes.set_title(title(records), fontsize=9, loc="left")
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=len(MARKS), fontsize=7.5, title="SIGKILL to", title_fontsize=7.5)
@@ -62,7 +63,7 @@ def title(records: list[dict[str, Any]]) -> str:
     kinds = Counter(kill["kind"] for record in records for run in record["runs"] for kill in run["kills"])
     equal = [one for record in records for one in record["equal"]]
     numbers = " and ".join(str(record["workers"]) for record in records)
-    counts = ", ".join(f"{kinds[kind]} {LABELS[kind]}" for kind in MARKS if kinds[kind])
+    counts = ", ".join(f"{kinds[kind]} of {LABELS[kind]}" for kind in MARKS if kinds[kind])
     return (
         f"{kinds.total()} kills at {numbers} workers ({counts}):\n"
         f"{sum(equal)} of {len(equal)} runs end with the undisturbed run's weights and history, bit by bit"
