@@ -16,15 +16,14 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from deploy.charts import INK, STYLE
-from tests.end_to_end.command import vggrow
 from tests.end_to_end.conftest import RECIPE
+from tests.end_to_end.kill_campaign import Typist, reached, result_is_there
 from tests.end_to_end.test_resume import BATCHES, stage_folder
 from tests.pipelines.photo_folders import make_photo_folder
 
 WORKERS = (1, 2, 3, 4)
 MARKS = {2: ("#0072B2", "-"), 3: ("#D55E00", "--"), 4: ("#009E73", ":")}   # Okabe and Ito's palette
 SHOWN = (1, 3, 10, 30, 100, 300, 1000, 1500)      # iterations in the table
-TIMEOUT_S = 900                                   # a command, on a machine that others use too
 
 
 def losses(photos: Path, folder: Path, iterations: int) -> dict[int, list[float]]:
@@ -35,8 +34,12 @@ def losses(photos: Path, folder: Path, iterations: int) -> dict[int, list[float]
     found = {}
     for workers in WORKERS:
         store = folder / f"workers-{workers}"
-        done = vggrow("train", recipe, "--workers", workers, "--threads", 1, "--store", store, timeout_s=TIMEOUT_S)
-        assert done.returncode == 0, done.stderr
+        typist = Typist(recipe, store, workers)
+        try:
+            reached(typist, lambda store=store: result_is_there(store))      # what comes after has no part in this
+        finally:
+            typist.running.kill_everything()
+        assert result_is_there(store), typist.running.output()
         rows = map(json.loads, (stage_folder(store) / "history.jsonl").read_text().splitlines())
         found[workers] = [row["train_loss"] for row in rows if "epoch" not in row][:iterations]
     return found
