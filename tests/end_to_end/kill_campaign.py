@@ -40,8 +40,13 @@ JOURNAL_S = 0.5                     # between two steps of the journal, at most
 LEFTOVERS_S = 60                    # for the processes of a killed driver to be gone
 
 
-def campaign(photos: Path, folder: Path, *, workers: int, kills: int, seed: int) -> Campaign:
-    """Trains once undisturbed, and then kills runs until there have been so many kills; raises what a run ends with."""
+def campaign(
+    photos: Path, folder: Path, *, workers: int, kills: int, seed: int, keep: Callable[[Campaign], None]
+) -> Campaign:
+    """Trains once undisturbed, and then kills runs until there have been so many kills; raises what a run ends with.
+
+    keep: called after every run with all that there is so far.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "photos.toml"
     recipe.write_text(RECIPE.format(root=photos, epochs=EPOCHS, every="5 iterations"))
@@ -65,7 +70,15 @@ def campaign(photos: Path, folder: Path, *, workers: int, kills: int, seed: int)
         for kill in run.kills:
             coming.remove(kill.kind)      # a run that ended before its time leaves kills for another
         say(f"{name}: {run.words()}")
+        keep(found)
     return found
+
+
+def write_record(campaigns: list[Campaign], out: Path) -> None:
+    """kill-campaign.json and kill-campaign.svg."""
+    records = [one.record() for one in campaigns]
+    (out / "kill-campaign.json").write_text(json.dumps(records, indent=1) + "\n")
+    write_figure(records, out / "kill-campaign.svg")
 
 
 def say(line: str) -> None:
@@ -243,10 +256,15 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     found: list[Campaign] = []
     for workers in given.workers:
-        found.append(campaign(photos, folder / f"workers-{workers}", workers=workers, kills=given.kills, seed=seed))
-        records = [one.record() for one in found]
-        (given.out / "kill-campaign.json").write_text(json.dumps(records, indent=1) + "\n")
-        write_figure(records, given.out / "kill-campaign.svg")
+        one = campaign(
+            photos,
+            folder / f"workers-{workers}",
+            workers=workers,
+            kills=given.kills,
+            seed=seed,
+            keep=lambda so_far: write_record([*found, so_far], given.out),
+        )
+        found.append(one)
     if not all(run.equal for one in found for run in one.runs):
         sys.exit(1)
     shutil.rmtree(folder)

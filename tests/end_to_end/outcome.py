@@ -29,7 +29,8 @@ def outcome(store: Path) -> dict[str, Any]:
         "MLflow's runs": run_statuses(store),
         "MLflow's parameters": sorted(sorted(run.data.params.items()) for run in runs),
         "test's figures": sorted(sorted(tests_figures(run.data.metrics)) for run in runs),
-        "versions": [(version.version, version.aliases) for version in versions],
+        "versions": [version.version for version in versions],
+        "aliases": client.get_registered_model("photos").aliases,
     }
 
 
