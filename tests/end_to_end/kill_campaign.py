@@ -30,9 +30,8 @@ from tests.end_to_end.test_resume import iterations, stage_folder
 from tests.pipelines.photo_folders import make_photo_folder
 from training.stage_run import MAX_FAILURES
 
-KINDS = ("driver", "both", "worker")
-KILLS_A_RUN = 4
-FIRST_RUN = MAX_FAILURES + 3        # of workers alone: deaths in training beyond MAX_FAILURES end a command, in a start not
+KINDS = ("worker", "driver", "both")
+KILLS_A_RUN = MAX_FAILURES + 1      # the first run has so many of workers alone: all in training, they end a command
 EPOCHS = 150                        # of 7 iterations: 18 s on 2 quiet cores, beside 23 s of start and 10 s of evaluation
 PATIENCE_S = 1200                   # for anything to happen, on a machine that others use too
 LOOK_S = 0.1                        # between two looks at a command: looking takes time from it
@@ -56,16 +55,15 @@ def campaign(
     total = max(row["iteration"] for row in wanted["history"])
     found = Campaign(workers, seed, total, life, [])
     say(f"{workers} workers, seed {seed}: undisturbed, {total} iterations in {life.whole:.0f} s")
-    coming = ["worker"] * min(FIRST_RUN, kills)
-    others = list(islice(cycle(KINDS), kills - len(coming)))
+    coming = sorted(islice(cycle(KINDS), kills), key=KINDS.index)
+    others = coming[KILLS_A_RUN:]
     draws.shuffle(others)
-    coming += others
+    coming[KILLS_A_RUN:] = others
     while coming:
         name = f"run-{len(found.runs) + 1}"
-        most = KILLS_A_RUN if found.runs else FIRST_RUN
-        run = disturbed_run(Typist(recipe, folder / name, workers), coming[:most], life, total, draws)
-        reached = outcome(folder / name)
-        run.differs = tuple(name for name in wanted if reached[name] != wanted[name])
+        run = disturbed_run(Typist(recipe, folder / name, workers), coming[:KILLS_A_RUN], life, total, draws)
+        came_to = outcome(folder / name)
+        run.differs = tuple(name for name in wanted if came_to[name] != wanted[name])
         found.runs.append(run)
         for kill in run.kills:
             coming.remove(kill.kind)      # a run that ended before its time leaves kills for another
