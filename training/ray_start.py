@@ -50,25 +50,32 @@ def start_ray(store: Store, *, address: str | None, cpus: int, stall_s: float, e
         os.environ.setdefault(name, value)
     if address is None or address == "local":
         keep_token(store.root / "ray_auth_token")
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except Exception as error:      # a start that takes too long is a bare Exception in Ray
-            raise ClusterError(
-                f"Ray does not start on this machine: {first_line(error)} Is it very busy, or short of memory? Start the same"
-                " command again, or leave --workers out: one worker needs no Ray processes"
-            ) from error
+        start_here(cpus)
         return
     check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"--address {address}: Ray does not let us in: {first_line(error)}") from error
+
+
+def start_here(cpus: int) -> None:
+    """Starts Ray on this machine. Raises ClusterError where its processes are not up within Ray's own 30 s."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:      # a bare Exception; its 30 s are fixed in Ray 2.60
+        if "timed out during startup" not in str(error):
+            raise
+        raise ClusterError(
+            "Ray's processes did not start on this machine within 30 s: it has too much else to do, or too little memory;"
+            " start the same command again when it is quieter, with fewer --workers, or with --workers 1, which needs no Ray"
+        ) from error
 
 
 def keep_token(path: Path) -> None:

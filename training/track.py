@@ -127,21 +127,23 @@ class Tracker(Listener):
         return max((point.step for point in self.client.get_metric_history(run_id, name)), default=-1)
 
     def child_run(self, stage: Stage, key: str) -> str:
-        """The id of the stage's run: the one with its key, or a new one."""
-        found = find_run(self.client, self.experiment_id, "vggrow.stage_key", key)
-        if found is not None:
-            return found
-        tags = {
-            "vggrow.stage_key": key,
-            "vggrow.kind": "stage",
-            "mlflow.parentRunId": self.parent_run_id,
-            "vggrow.init_from": stage.init_from or "random weights",
-            "vggrow.machine": platform.node(),
-        }
-        run = self.client.create_run(self.experiment_id, run_name=stage.name, tags=tags)
+        """The id of the stage's run: the one with its key, or a new one; a kill while it was made leaves none half-made."""
+        run_id = find_run(self.client, self.experiment_id, "vggrow.stage_key", key)
+        if run_id is None:
+            tags = {
+                "vggrow.stage_key": key,
+                "vggrow.kind": "stage",
+                "mlflow.parentRunId": self.parent_run_id,
+                "vggrow.init_from": stage.init_from or "random weights",
+                "vggrow.machine": platform.node(),
+            }
+            run_id = str(self.client.create_run(self.experiment_id, run_name=stage.name, tags=tags).info.run_id)
         settings = stage.model_dump(mode="json", exclude=set(EXEMPT))
-        self.client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in settings.items()])
-        return str(run.info.run_id)
+        known = self.client.get_run(run_id).data.params
+        missing = [Param(name, str(value)) for name, value in settings.items() if name not in known]
+        if missing:
+            self.client.log_batch(run_id, params=missing)
+        return run_id
 
     def log_results(self, run_id: str, metrics: dict[str, float], files: Iterable[tuple[Path, str]] = ()) -> None:
         """Figures of a finished stage (replaced, not added to, when logged again) and files with their folders."""

@@ -79,14 +79,16 @@ class Running:
         return self.log.read_text()
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float, running: Running | None = None) -> None:
+def wait_until(
+    condition: Callable[[], bool], *, timeout_s: float, running: Running | None = None, every_s: float = 0.02
+) -> None:
     """Waits for a condition; fails when it takes too long, or when the command has ended meanwhile."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if running is not None and running.process.poll() is not None:
             raise AssertionError(f"the command ended ({running.process.returncode}):\n{running.output()}")
         assert time.monotonic() < deadline, f"waited {timeout_s} s" + (f":\n{running.output()}" if running else "")
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL

@@ -173,7 +173,7 @@ def test_the_compact_head_averages_the_feature_map():
     assert logits.shape == (2, 3)
 
 
-@pytest.mark.parametrize("workers", [2, 3, 7])
+@pytest.mark.parametrize("workers", [2, 3, 4, 7])
 def test_a_pictures_dropout_is_the_same_in_whatever_workers_share_it_comes(workers):
     rows = torch.arange(16)
 
