@@ -24,6 +24,7 @@ from training.parents import is_done
 from training.stage_job import StageJob
 from training.stage_log import CONDUCTOR, FIT, conductor_hears, stage_log, stage_logger, versions
 from training.store import hold, read_json, request_stop, stop_requested
+from training.system_metrics import sampling_interval_s
 from training.where import Where
 from training.worker import train_stage
 from training.worker_count import workers_text
@@ -200,6 +201,7 @@ def prepare(
         cached=where.cache_gib > 0,
         preemptible=where.on_a_cluster,
         log_pictures=where.log_pictures,
+        sample_s=sampling_interval_s(),
     )
 
 

@@ -29,6 +29,7 @@ from training.picture_log import PictureLog
 from training.stage_job import StageJob, Superseded, prove_same_world, record_problem, view_rule
 from training.stage_log import stage_log, stage_logger, versions, worker_hears, worker_name
 from training.store import Store, fence_holds
+from training.system_metrics import Sampler, machine_to_sample
 from training.team import Team
 from training.validation import Validation
 from vggcore.errors import StoreError, TrainingError, VggrowError
@@ -63,17 +64,34 @@ def train_with(job: StageJob, team: Team, log: logging.Logger) -> None:
     except VggrowError as error:
         problem = error
     problem = team.any_problem(problem)
+    sampler: Sampler | None = None
     try:
         if problem is None:
             training = StageTraining(job, manifest, team)
+            sampler = start_sampler(training)
             problem = training.problem or training.run()
     except Superseded:
         logger.warning("stage %s: another command has taken over; this worker stops", job.stage.name)
         return
+    finally:
+        if sampler is not None:
+            sampler.close()
     if problem is not None:
         log.error("ends: %s", problem)
         if team.rank == 0:
             record_problem(job, problem)
+
+
+def start_sampler(training: "StageTraining") -> Sampler | None:
+    """Begins to sample what this machine does, in one worker of each machine; all workers call it together."""
+    job = training.job
+    machine = machine_to_sample(job, training.team) if job.sample_s else None
+    if machine is None:
+        return None
+    gpus = job.device == "cuda"
+    sampler = Sampler(training.folder, machine, every_s=job.sample_s, gpus=gpus, may_write=training.may_write)
+    sampler.start()
+    return sampler
 
 
 class StageTraining:

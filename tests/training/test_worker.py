@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from importlib.metadata import version
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def test_a_diverging_loss_stops_the_stage_names_the_iteration_and_keeps_the_last
     assert not is_done(store, keys["A-36"])
 
 
-def test_the_logs_of_a_stage_tell_each_epoch_and_checkpoint_once(world, tmp_path):
+def test_the_logs_of_a_stage_tell_each_epoch_and_checkpoint_once_and_its_machine_was_sampled(world, tmp_path):
     recipe, _, manifest = world
     store = open_store(tmp_path / "store")
     shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
@@ -190,6 +191,7 @@ def test_the_logs_of_a_stage_tell_each_epoch_and_checkpoint_once(world, tmp_path
     assert [worker.count(f"INFO epoch {epoch} of at most 2: iteration {4 * epoch}, train loss") for epoch in (1, 2)] == [1, 1]
     assert "INFO checkpoint of iteration 4 written in" in worker and "INFO finished by iteration 8" in worker
     assert len(worker.splitlines()) < 10 and " train_loss" not in worker      # no line an iteration
+    assert [json.loads(line)["step"] for line in (folder / f"system-{socket.gethostname()}.jsonl").open()] == [0]
 
 
 def schedule_of(recipe: Recipe, manifest, **changes) -> tuple[tuple[Stage, ...], dict[str, str]]:
