@@ -5,12 +5,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from training.listener import Listener
 from vggcore.schedule import Stage
 
 SPEED_WINDOW_S = 10.0    # images/s is over about this time
+GO_FIRST = ("rate", "loss", "speed")     # columns that a narrow terminal does without
 ENDS = {"FINISHED": "finished", "KILLED": "stopped; the same command goes on here", "FAILED": "failed"}
 
 
@@ -25,6 +27,7 @@ class StageLine:
         self.last: dict[str, Any] = {}
         self.iteration = self.epoch = 0
         self.val: float | None = None
+        self.rate: float | None = None           # the learning rate that the last epoch was trained with
 
     def take(self, rows: list[dict[str, Any]]) -> list[int]:
         """Takes new rows and gives the epochs that ended in them; what was known is passed over."""
@@ -34,7 +37,7 @@ class StageLine:
                 continue
             self.iteration, self.last = row["iteration"], row
             if "epoch" in row and row["epoch"] > self.epoch:
-                self.epoch, self.val = row["epoch"], row["val_top1_accuracy"]
+                self.epoch, self.val, self.rate = row["epoch"], row["val_top1_accuracy"], row["learning_rate"]
                 ended.append(self.epoch)
         if rows:
             now = time.monotonic()
@@ -49,24 +52,25 @@ class StageLine:
         (began, first), (now, last) = self.seen[0], self.seen[-1]
         return (last - first) * self.stage.global_batch / (now - began) or None
 
-    def text(self, *, moving: bool) -> str:
-        """The stage's state in one line; moving: the epoch that runs, else the one that ended."""
-        stage = self.stage
+    def cells(self, *, moving: bool) -> dict[str, str]:
+        """What is known of the stage, "" where it is not yet; moving: the epoch that runs, else the one that ended."""
+        stage, speed = self.stage, self.images_per_second()
         epoch = min(self.epoch + 1, stage.max_epochs) if moving else self.epoch
-        parts = [f"{stage.name}: epoch {epoch}/{stage.max_epochs}"]
-        speed = self.images_per_second()
-        if speed:
-            parts.append(f"{speed:,.0f} images/s")
-        if "train_loss" in self.last:
-            parts.append(f"loss {self.last['train_loss']:.4f}")
-        if self.val is not None:
-            parts.append(f"val {self.val:.4f}")
-        if "learning_rate" in self.last:
-            parts.append(f"lr {self.last['learning_rate']:g}")
-        if speed:
-            left = (stage.max_epochs * self.batches - self.iteration) * stage.global_batch / speed
-            parts.append(f"at most {duration(left)} left")
-        return ", ".join(parts)
+        left = (stage.max_epochs * self.batches - self.iteration) * stage.global_batch / speed if speed else 0.0
+        return {
+            "stage": f"{stage.name}:",
+            "epoch": f"epoch {epoch}/{stage.max_epochs}",
+            "speed": f"{speed:,.0f} images/s" if speed else "",
+            "loss": f"loss {self.last['train_loss']:.4f}" if "train_loss" in self.last else "",
+            "val": f"val {self.val:.4f}" if self.val is not None else "",
+            "rate": f"lr {self.rate:g}" if self.rate is not None else "",
+            "left": f"at most {duration(left)} left" if speed else "",
+        }
+
+    def text(self) -> str:
+        """The stage's state in one line."""
+        name, *rest = (words for words in self.cells(moving=False).values() if words)
+        return f"{name} {', '.join(rest)}"
 
 
 class Progress(Listener):
@@ -98,13 +102,13 @@ class Progress(Listener):
         """Takes new rows; on a terminal the moving lines change, elsewhere the epoch that ended is a line."""
         line = self.lines[key]
         if line.take(rows) and self.live is None:
-            self.say(line.text(moving=False))
+            self.say(line.text())
         self.show()
 
     def show(self) -> None:
         """The moving lines as they are now, where there is a terminal."""
         if self.live is not None:
-            self.live.update(Text("\n".join(line.text(moving=True) for line in self.lines.values())))
+            self.live.update(side_by_side([line.cells(moving=True) for line in self.lines.values()], self.console.width))
 
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         """Says so; what comes again until the iteration that was reached is passed over."""
@@ -132,7 +136,7 @@ class Progress(Listener):
         line = self.lines.pop(key)
         if self.live is not None:
             self.show()
-            self.say(line.text(moving=False))
+            self.say(line.text())
             if not self.lines:
                 self.live.stop()
                 self.live = None
@@ -141,6 +145,21 @@ class Progress(Listener):
     def say(self, words: str) -> None:
         """One line on stderr."""
         self.console.print(Text(words), soft_wrap=True)
+
+
+def side_by_side(rows: list[dict[str, str]], width: int) -> Table:
+    """The stages' cells below one another, for the eye to compare; a narrow terminal gets fewer columns, not two lines."""
+    widths = {name: max(len(row[name]) for row in rows) for name in (rows[0] if rows else ())}
+    shown = [name for name, wide in widths.items() if wide]
+    for name in GO_FIRST:
+        if name in shown and sum(widths[one] + 2 for one in shown) - 2 > width:
+            shown.remove(name)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name in shown:
+        table.add_column(no_wrap=True, justify="right" if name in ("speed", "left") else "left")
+    for row in rows:
+        table.add_row(*(Text(row[name]) for name in shown))
+    return table
 
 
 def duration(seconds: float) -> str:

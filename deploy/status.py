@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from training.history import parse_rows, read_history
+from training.stage_log import logs_folder
 from training.store import Store, holder, read_json
 
 RUNNING, FINISHED, STOPPED, TO_DO, FAILED = "running", "finished", "stopped", "to do", "failed"
@@ -32,6 +33,7 @@ class StageStatus:
     seconds_since_news: float | None
     workers: int | None
     problem: str | None              # what ended the last attempt, if it failed
+    logs: str | None                 # the folder of its log files, unless it has finished
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def stage_status(store: Store, entry: dict[str, Any]) -> StageStatus:
         seconds_since_news=None if at is None else max(0.0, time.time() - at),
         workers=starts[-1]["world_size"] if starts else None,
         problem=error["message"] if error and state == FAILED else None,
+        logs=str(logs_folder(folder)) if state in (RUNNING, STOPPED, FAILED) and logs_folder(folder).is_dir() else None,
     )
 
 
@@ -148,6 +151,7 @@ def status_text(found: Sequence[ScheduleStatus]) -> str:
         lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"  {stage.name}: {stage.problem}" for stage in one.stages if stage.problem]
         lines += [f"  {stage.name}: trained by {stage.by}" for stage in one.stages if stage.by]
+        lines += [f"  {stage.name}: logs in {stage.logs}" for stage in one.stages if stage.logs]
         what = "running" if one.running else "registered as " + one.registered if one.registered else "not running"
         blocks.append("\n".join([f"{one.recipe} ({one.key}): {what}", *lines]))
     return "\n\n".join(blocks)

@@ -225,9 +225,14 @@ def drop_old(stage_folder: Path, best_iteration: int) -> None:
 class CheckpointWriter:
     """Writes a stage's checkpoints behind its back, one at a time: training waits for a copy in memory, not for the disk."""
 
-    def __init__(self, stage_folder: Path, may_write: Callable[[], None]) -> None:
-        """may_write: asked before a checkpoint appears; raises when this process has lost the right to write."""
-        self.stage_folder, self.may_write = stage_folder, may_write
+    def __init__(
+        self, stage_folder: Path, may_write: Callable[[], None], on_written: Callable[[int, float], None] | None = None
+    ) -> None:
+        """may_write: asked before a checkpoint appears; raises when this process has lost the right to write.
+
+        on_written: hears, in the thread that wrote, of each checkpoint's iteration and the seconds that writing took.
+        """
+        self.stage_folder, self.may_write, self.on_written = stage_folder, may_write, on_written
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.waited_s = 0.0              # how long training has waited, in all
@@ -243,10 +248,13 @@ class CheckpointWriter:
 
     def run(self, progress: Progress, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
         """The thread's work; an error is kept for whoever asks next."""
+        began = time.monotonic()
         try:
             write_checkpoint(
                 self.stage_folder, progress, weights=weights, optimizer_state=optimizer_state, may_write=self.may_write
             )
+            if self.on_written is not None:
+                self.on_written(progress.iteration, time.monotonic() - began)
         except BaseException as error:
             self.error = error
 

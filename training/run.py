@@ -148,6 +148,7 @@ class Crew:
         if problem is None and not done and not self.switch.stopped:
             problem = TrainingError(f"stage {stage.name!r}: its workers ended without a result; start the same command again")
         status = "FINISHED" if done else "FAILED" if problem is not None else "KILLED"
+        run.say_end(status, problem)
         try:
             if problem is not None:
                 self.errors[stage.name] = problem
@@ -174,6 +175,7 @@ class Crew:
             ray.shutdown()
         for run in list(self.running.values()):
             del self.running[run.stage.name]
+            run.say_end("KILLED", error)
             run.let_go()
             if run.begun:
                 try:

@@ -30,6 +30,7 @@ class StageJob:
     cached: bool = True                # read the decoded cache where the store has it
     preemptible: bool = False          # Ray may say that a node will be taken away: ask it
     log_pictures: bool = False         # keep which pictures each worker trained, see picture_log
+    sample_s: float = 10.0             # seconds between samples of what each machine does, see system_metrics; 0: none
 
 
 class Superseded(Exception):

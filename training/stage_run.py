@@ -22,9 +22,12 @@ from training.history_tail import HistoryTail
 from training.listener import Listener
 from training.parents import is_done
 from training.stage_job import StageJob
+from training.stage_log import CONDUCTOR, FIT, conductor_hears, stage_log, stage_logger, versions
 from training.store import hold, read_json, request_stop, stop_requested
+from training.system_metrics import sampling_interval_s
 from training.where import Where
 from training.worker import train_stage
+from training.worker_count import workers_text
 from vggcore.errors import ClusterError, StoreError, TrainingError, VggrowError
 from vggcore.nets import layer_table
 from vggcore.recipe import NetName
@@ -51,6 +54,7 @@ class StageRun:
         self.stage, self.key, self.parent = stage, key, parent
         self.manifest, self.where, self.listener = manifest, where, listener
         self.folder = where.store.stage(key)
+        self.log = stage_logger(key, CONDUCTOR)
         self.held = ExitStack()
         self.fit: FitThread | None = None
         self.begun, self.fence = False, 0
@@ -65,7 +69,10 @@ class StageRun:
         if is_done(store, self.key):
             self.listener.stage_begins(self.stage, self.key, done=True)
             return
+        hears = conductor_hears(self.stage.name, in_this_process=self.where.in_this_process)
+        self.held.enter_context(stage_log(self.folder, self.key, CONDUCTOR, hears))
         check_space(self.stage, len(self.manifest.classes), self.folder)
+        self.say_begin()
         self.listener.stage_begins(self.stage, self.key, done=False)
         self.begun = True
         self.tail, self.starts = HistoryTail(self.folder / "history.jsonl"), HistoryTail(self.folder / "starts.jsonl")
@@ -76,8 +83,33 @@ class StageRun:
         )
         self.fit.start()
 
+    def say_begin(self) -> None:
+        """Into the log: what is trained, where and with how much."""
+        where, manifest = self.where, self.manifest
+        self.log.info(
+            "%s (%s) begins: --workers %s, --address %s, device %s, --threads %d; pictures %s: %d to train on, %d quarantined"
+            " by the scan; %s",
+            self.stage.name,
+            self.key,
+            workers_text(where.workers),
+            where.address or ("none" if where.in_this_process else "local"),
+            where.device,
+            where.threads,
+            manifest.fingerprint,
+            len(manifest.split("train")),
+            len(manifest.quarantine),
+            versions(),
+        )
+
+    def say_end(self, status: str, problem: BaseException | None) -> None:
+        """Into the log: how the stage ended; a problem that is not the user's with its traceback."""
+        level = logging.INFO if problem is None else logging.ERROR
+        ours = None if isinstance(problem, VggrowError) else problem
+        self.log.log(level, "%s%s", status, f": {problem}" if problem else "", exc_info=ours)
+
     def ask_to_stop(self) -> None:
         """Asks the workers for a checkpoint at their next iteration, and their end."""
+        self.log.info("told to stop: asks the workers for a checkpoint and their end")
         request_stop(self.where.store, stage_lock(self.key), self.fence)
 
     @property
@@ -92,13 +124,22 @@ class StageRun:
         over = not self.is_at_work
         for start in self.starts.new_rows():
             if start["fence"] == self.fence:
+                self.log.info(
+                    "%s: world size %d, rank 0 on %s, from iteration %d on",
+                    "workers have begun" if self.first else "workers were started anew",
+                    start["world_size"],
+                    start["host"],
+                    start["iteration"],
+                )
                 if not self.first:
                     self.listener.workers_restarted(self.stage, self.key, start["iteration"])
                 for words in start.get("passed_over", ()):
+                    self.log.warning("a broken checkpoint was passed over, the one before is used: %s", words)
                     self.listener.checkpoint_passed_over(self.stage, self.key, words)
                 self.first = False
         for notice in self.leaving.new_rows():
             if notice["fence"] == self.fence:
+                self.log.warning("Ray says that a node will be taken away; checkpoint at iteration %d", notice["iteration"])
                 self.listener.node_leaves(self.stage, self.key, notice["iteration"], notice["every_s"])
         self.listener.rows(self.stage, self.key, self.tail.new_rows())
         return over
@@ -160,6 +201,7 @@ def prepare(
         cached=where.cache_gib > 0,
         preemptible=where.on_a_cluster,
         log_pictures=where.log_pictures,
+        sample_s=sampling_interval_s(),
     )
 
 
@@ -182,7 +224,7 @@ class FitThread(threading.Thread):
 
     def __init__(self, job: StageJob, where: Where) -> None:
         """Starts nothing yet."""
-        super().__init__(name=f"fit-{job.stage.name}", daemon=True)
+        super().__init__(name=FIT + job.stage.name, daemon=True)
         self.job, self.where = job, where
         self.error: BaseException | None = None
 
@@ -199,6 +241,8 @@ class FitThread(threading.Thread):
                 if stopped or not only_deaths(error) or self.reached() <= reached:
                     self.error = error
                     return
+                log = stage_logger(self.job.key, CONDUCTOR)
+                log.warning("the workers died too often for Ray Train, which begins anew: %s", error, exc_info=error)
 
     def reached(self) -> int:
         """The newest checkpoint's iteration, -1 before the first."""

@@ -1,9 +1,13 @@
 """The workers of a stage as one of them sees them: its rank, how many they are, and what they agree on."""
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed
 
 from vggcore.errors import VggrowError
+
+T = TypeVar("T")
 
 
 class Team:
@@ -26,8 +30,12 @@ class Team:
 
     def any_problem(self, problem: VggrowError | None) -> VggrowError | None:
         """The first worker's problem, the same in every worker; None when all are well."""
+        return next((one for one in self.everyones(problem) if one is not None), None)
+
+    def everyones(self, own: T) -> list[T]:
+        """What each worker gave, by rank, the same in every worker; it travels by pickle."""
         if self.world_size == 1:
-            return problem
-        found: list[VggrowError | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(found, problem)
-        return next((one for one in found if one is not None), None)
+            return [own]
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, own)
+        return found

@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from training.history import read_history
 from training.listener import Listener
 from training.store import Store
+from training.system_metrics import Sample, SystemTail
 from vggcore.errors import TrackingError
 from vggcore.schedule import EXEMPT, Stage
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 1000                # metrics a request: MLflow's limit
 RETRY_AFTER_S = 30.0        # pause after a server did not answer
+LOOK_EVERY_S = 5.0          # how often the journals of the machines are looked at
 POINTS_AN_EPOCH = 50        # train_loss points an epoch that go to MLflow; all are in history.jsonl
 EPOCH_METRICS = ("epoch", "val_loss", "val_top1_accuracy", "learning_rate", "seconds")
 DOWN = (MlflowException, requests.RequestException, OSError)
@@ -39,9 +41,12 @@ class StageRun:
 
     run_id: str
     batches_per_epoch: int
+    machines: SystemTail
     reached: dict[str, int] = field(default_factory=dict)      # metric -> last step on the server
     waiting: list[dict[str, Any]] = field(default_factory=list)
-    stale: bool = False                                        # a request failed: ask the server how far it got
+    samples: list[Sample] = field(default_factory=list)        # of the machines, that wait
+    looked_at: float = float("-inf")
+    stale: bool = True                                         # ask the server how far it got: at first, and after an error
 
 
 class Tracker(Listener):
@@ -57,10 +62,11 @@ class Tracker(Listener):
 
     def stage_begins(self, stage: Stage, key: str, *, done: bool) -> None:
         """Finds the stage's run by its key, or makes it, and marks it RUNNING; a done stage's run is completed."""
-        self.runs[key] = run = StageRun(self.child_run(stage, key), self.batches[key])
-        run.stale = True
+        folder = self.store.stage(key)
+        self.runs[key] = run = StageRun(self.child_run(stage, key), self.batches[key], SystemTail(folder))
         if done:
-            run.waiting = read_history(self.store.stage(key) / "history.jsonl")
+            run.waiting = read_history(folder / "history.jsonl")
+            run.samples = run.machines.new_samples()
             self.push(run)
             self.end(run.run_id, "FINISHED")
         else:
@@ -70,7 +76,10 @@ class Tracker(Listener):
         """Sends what is new; when the server does not answer the rows wait."""
         run = self.runs[key]
         run.waiting += rows
-        if run.waiting and time.monotonic() >= self.quiet_until:
+        if time.monotonic() - run.looked_at > LOOK_EVERY_S:
+            run.looked_at = time.monotonic()
+            run.samples += run.machines.new_samples()
+        if (run.waiting or run.samples) and time.monotonic() >= self.quiet_until:
             try:
                 self.push(run)
             except DOWN as error:
@@ -81,6 +90,7 @@ class Tracker(Listener):
     def stage_ends(self, stage: Stage, key: str, status: str) -> None:
         """Closes the stage's run truthfully, with all of its points."""
         run = self.runs[key]
+        run.samples += run.machines.new_samples()
         self.insist(lambda: self.push(run))
         self.insist(lambda: self.end(run.run_id, status))
 
@@ -100,9 +110,9 @@ class Tracker(Listener):
             self.client.set_terminated(run_id, status)
 
     def push(self, run: StageRun) -> None:
-        """Sends the waiting rows that the server does not have."""
+        """Sends the waiting rows and samples that the server does not have."""
         if run.stale:
-            run.reached = {name: self.last_step(run.run_id, name) for name in ("train_loss", *EPOCH_METRICS)}
+            run.reached = self.last_steps(run.run_id)
             run.stale = False
         now = int(time.time() * 1000)
         every = max(1, run.batches_per_epoch // POINTS_AN_EPOCH)
@@ -114,17 +124,18 @@ class Tracker(Listener):
             else:
                 values = {"train_loss": row["train_loss"]} if step % every == 0 else {}
             for name, value in values.items():
-                if step > run.reached[name]:
+                if step > run.reached.get(name, -1):
                     metrics.append(Metric(name, float(value), now, step))
+        metrics += [Metric(*sample) for sample in run.samples if sample[3] > run.reached.get(sample[0], -1)]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run.run_id, metrics=metrics[start : start + BATCH])
         for metric in metrics:
-            run.reached[metric.key] = max(run.reached[metric.key], metric.step)
-        run.waiting = []
+            run.reached[metric.key] = max(run.reached.get(metric.key, -1), metric.step)
+        run.waiting, run.samples = [], []
 
-    def last_step(self, run_id: str, name: str) -> int:
-        """The last step of a metric on the server, -1 for none."""
-        return max((point.step for point in self.client.get_metric_history(run_id, name)), default=-1)
+    def last_steps(self, run_id: str) -> dict[str, int]:
+        """The last step of each metric on the server, in one request however long its history is."""
+        return {metric.key: metric.step for metric in self.client.get_run(run_id).to_proto().data.metrics}
 
     def child_run(self, stage: Stage, key: str) -> str:
         """The id of the stage's run: the one with its key, or a new one; a kill while it was made leaves none half-made."""

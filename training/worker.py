@@ -27,7 +27,9 @@ from training.optimise import Plateau, set_learning_rate
 from training.orders import LAST_CHECKPOINTS_S, Orders
 from training.picture_log import PictureLog
 from training.stage_job import StageJob, Superseded, prove_same_world, record_problem, view_rule
+from training.stage_log import stage_log, stage_logger, versions, worker_hears, worker_name
 from training.store import Store, fence_holds
+from training.system_metrics import Sampler, machine_to_sample
 from training.team import Team
 from training.validation import Validation
 from vggcore.errors import StoreError, TrainingError, VggrowError
@@ -48,6 +50,13 @@ def train_stage(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
     set_up_torch(job)
     team = Team(device)
+    with stage_log(Store(job.store).stage(job.key), job.key, worker_name(team.rank), worker_hears) as log:
+        log.info("%s (%s): worker %d of %d begins; %s", job.stage.name, job.key, team.rank, team.world_size, versions())
+        train_with(job, team, log)
+
+
+def train_with(job: StageJob, team: Team, log: logging.Logger) -> None:
+    """What train_stage does, with this worker's place among the others and its log."""
     problem: VggrowError | None = None
     try:
         manifest = read_manifest(Store(job.store).data(job.fingerprint))
@@ -55,15 +64,34 @@ def train_stage(config: dict[str, Any]) -> None:
     except VggrowError as error:
         problem = error
     problem = team.any_problem(problem)
+    sampler: Sampler | None = None
     try:
         if problem is None:
             training = StageTraining(job, manifest, team)
+            sampler = start_sampler(training)
             problem = training.problem or training.run()
     except Superseded:
         logger.warning("stage %s: another command has taken over; this worker stops", job.stage.name)
         return
-    if problem is not None and team.rank == 0:
-        record_problem(job, problem)
+    finally:
+        if sampler is not None:
+            sampler.close()
+    if problem is not None:
+        log.error("ends: %s", problem)
+        if team.rank == 0:
+            record_problem(job, problem)
+
+
+def start_sampler(training: "StageTraining") -> Sampler | None:
+    """Begins to sample what this machine does, in one worker of each machine; all workers call it together."""
+    job = training.job
+    machine = machine_to_sample(job, training.team) if job.sample_s else None
+    if machine is None:
+        return None
+    gpus = job.device == "cuda"
+    sampler = Sampler(training.folder, machine, every_s=job.sample_s, gpus=gpus, may_write=training.may_write)
+    sampler.start()
+    return sampler
 
 
 class StageTraining:
@@ -74,6 +102,7 @@ class StageTraining:
         self.job, self.stage, self.team = job, job.stage, team
         self.store = Store(job.store)
         self.folder = self.store.stage(job.key)
+        self.log = stage_logger(job.key, worker_name(team.rank))
         self.train = manifest.split("train")
         stage = job.stage
         self.trouble: VggrowError | None = None    # what writing has come to, on rank 0
@@ -101,7 +130,7 @@ class StageTraining:
         self.orders = Orders(job, team)
         self.picture_log: PictureLog | None = None
         self.history = HistoryWriter(self.folder / "history.jsonl", self.may_write)
-        self.writer = CheckpointWriter(self.folder, self.may_write)
+        self.writer = CheckpointWriter(self.folder, self.may_write, self.say_written)
 
     def agreed_checkpoint(self) -> Checkpoint | None:
         """The newest whole checkpoint as rank 0 sees it, so that all workers start from one; None also for a problem."""
@@ -127,6 +156,7 @@ class StageTraining:
             set_aside(self.folder, above=self.progress.iteration)
             cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
             self.record_start()
+        self.say_begin()
         self.open_picture_log()
         try:
             while not self.finished:
@@ -134,9 +164,8 @@ class StageTraining:
                 if isinstance(outcome, VggrowError):
                     self.settle()
                     return outcome
-                if outcome == "stopped":
-                    return self.settle()
-                if not self.end_epoch():
+                if outcome == "stopped" or not self.end_epoch():
+                    self.log.info("told to stop; stops at iteration %d", self.progress.iteration)
                     return self.settle()
             return self.settle() or self.write_result()
         finally:
@@ -159,6 +188,29 @@ class StageTraining:
         }
         with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def say_begin(self) -> None:
+        """Into the log: from where on this worker trains, and with what."""
+        job, stage, progress = self.job, self.stage, self.progress
+        parent = f"weights from {stage.init_from}" if job.parent else "random weights"
+        device = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
+        self.log.info(
+            "trains net %s, S=%s, from iteration %d (epoch %d of at most %d), %s, on %s, %d threads, %s, learning rate %g",
+            stage.net,
+            "-".join(map(str, sorted(set(stage.scale)))),
+            progress.iteration,
+            progress.epoch + 1,
+            stage.max_epochs,
+            parent,
+            device,
+            job.threads,
+            stage.precision,
+            progress.plateau.learning_rate,
+        )
+
+    def say_written(self, iteration: int, seconds: float) -> None:
+        """Into the log: a checkpoint is on disk."""
+        self.log.info("checkpoint of iteration %d written in %.2f s", iteration, seconds)
 
     def open_picture_log(self) -> None:
         """Opens this worker's log of pictures, if one is wanted; all number this start alike."""
@@ -317,6 +369,7 @@ class StageTraining:
         )
         if self.team.rank == 0:
             self.record(row)
+            self.log.info("epoch %d of at most %d: %s", row["epoch"], self.stage.max_epochs, told(row))
         self.checkpoint()
         return True
 
@@ -382,7 +435,13 @@ class StageTraining:
                 "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
             },
         )
+        self.log.info("finished by iteration %d, epoch %d", progress.iteration, progress.epoch)
         return None
+
+
+def told(row: dict[str, Any]) -> str:
+    """An epoch's figures in words, for the log."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in row.items() if name != "epoch")
 
 
 def next_batch(coming: Iterator[Batch]) -> tuple[Batch | None, VggrowError | None]:

@@ -45,6 +45,7 @@ def store(tmp_path) -> Store:
             {"iteration": 15, "train_loss": 0.25},
         ]
         (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "logs").mkdir()
         (folder / "starts.jsonl").write_text(json.dumps({"world_size": 2}) + "\n")
     (found.stage(KEYS["A-36"]) / "result.json").write_text("{}")
     (found.stage(KEYS["D-36"]) / "error.json").write_text(json.dumps({"fence": 1, "type": "X", "message": "the disk is full"}))
@@ -73,6 +74,9 @@ def test_every_state_is_told_with_its_figures(store, running):
     assert schedule.stages[3].problem == "the disk is full"
     text = status_text([schedule])
     assert text.startswith("photos (f): running\n") and "the disk is full" in text
+    folders = [stage.logs for stage in schedule.stages]
+    assert folders == [None, *(str(store.stage(KEYS[name]) / "logs") for name in ("B-36", "C-36", "D-36")), None]
+    assert f"  D-36: logs in {folders[3]}" in text.splitlines()
 
 
 def test_a_killed_holder_is_seen_at_once(store, running):

@@ -19,7 +19,8 @@ def epochs_done(store: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_for_a_while_costs_no_point_and_doubles_none(make_recipe, tmp_path):
+def test_a_server_that_is_down_for_a_while_costs_no_point_and_doubles_none(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
     address = f"http://127.0.0.1:{free_port()}"
     command = [
         sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
@@ -42,6 +43,7 @@ def test_a_server_that_is_down_for_a_while_costs_no_point_and_doubles_none(make_
         runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
         history = client.get_metric_history(runs["A-36"].info.run_id, "val_top1_accuracy")
         losses = client.get_metric_history(runs["A-36"].info.run_id, "train_loss")
+        processor = client.get_metric_history(runs["A-36"].info.run_id, "system/cpu_utilization_percentage")
         model = vggrow("models", "show", "photos", "--tracking", address, "--store", store, "--json")
 
     (journal,) = (store / "stages").glob("*/history.jsonl")
@@ -50,6 +52,10 @@ def test_a_server_that_is_down_for_a_while_costs_no_point_and_doubles_none(make_
         (row["iteration"], row["val_top1_accuracy"]) for row in rows if "epoch" in row
     ]
     assert len(history) == EPOCHS
+    (machine,) = (store / "stages").glob("*/system-*.jsonl")
+    samples = [json.loads(line) for line in machine.read_text().splitlines()]
+    assert [(point.step, point.timestamp) for point in processor] == [(row["step"], row["at"]) for row in samples]
+    assert [row["step"] for row in samples] == list(range(len(samples)))
     assert [point.step for point in losses] == sorted({point.step for point in losses})
     assert {name: run.info.status for name, run in runs.items()} == {"photos": "FINISHED", "A-36": "FINISHED"}
     assert train.output().count("MLflow does not answer") == 1

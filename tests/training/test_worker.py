@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +168,30 @@ def test_a_diverging_loss_stops_the_stage_names_the_iteration_and_keeps_the_last
         train_schedule(stages, keys, manifest, Where(store), Listener())
 
     folder = store.stage(keys["A-36"])
+    assert "ERROR ends: stage 'A-36': the loss at iteration" in (folder / "logs" / "worker-0.log").read_text()
+    assert "ERROR FAILED: stage 'A-36': the loss" in (folder / "logs" / "conductor.log").read_text()
     (iteration,) = iterations_on_disk(folder)
     assert iteration == max(row["iteration"] for row in read_history(folder / "history.jsonl"))
     assert not is_done(store, keys["A-36"])
+
+
+def test_the_logs_of_a_stage_tell_each_epoch_and_checkpoint_once_and_its_machine_was_sampled(world, tmp_path):
+    recipe, _, manifest = world
+    store = open_store(tmp_path / "store")
+    shutil.copytree(Store(world[1].root).data(manifest.fingerprint), store.data(manifest.fingerprint))
+    stages, keys = schedule_of(recipe, manifest)
+
+    train_schedule(stages, keys, manifest, Where(store), Listener())
+
+    folder = store.stage(keys["A-36"])
+    conductor, worker = ((folder / "logs" / f"{who}.log").read_text() for who in ("conductor", "worker-0"))
+    assert f"INFO A-36 ({keys['A-36']}) begins: --workers 1" in conductor and f"torch {version('torch')}" in conductor
+    assert "workers have begun: world size 1" in conductor and conductor.splitlines()[-1].endswith("INFO FINISHED")
+    assert "from iteration 0 (epoch 1 of at most 2), random weights, on cpu, 1 threads" in worker
+    assert [worker.count(f"INFO epoch {epoch} of at most 2: iteration {4 * epoch}, train loss") for epoch in (1, 2)] == [1, 1]
+    assert "INFO checkpoint of iteration 4 written in" in worker and "INFO finished by iteration 8" in worker
+    assert len(worker.splitlines()) < 10 and " train_loss" not in worker      # no line an iteration
+    assert [json.loads(line)["step"] for line in (folder / f"system-{socket.gethostname()}.jsonl").open()] == [0]
 
 
 def schedule_of(recipe: Recipe, manifest, **changes) -> tuple[tuple[Stage, ...], dict[str, str]]:
