@@ -10,10 +10,10 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from deploy.charts import INK, STYLE
 from tests.end_to_end.conftest import RECIPE
@@ -73,6 +73,11 @@ def table(found: dict[int, list[float]]) -> str:
     return "\n".join(lines)
 
 
+def drawn(iterations: int) -> list[int]:
+    """The iterations whose points are drawn: all at first, then some 40 a factor of ten."""
+    return sorted({round(10 ** (exponent / 40)) for exponent in range(200)} & set(range(1, iterations + 1)))
+
+
 def draw(found: dict[int, list[float]]) -> Figure:
     """Both axes logarithmic: the largest difference so far, and where single iterations lie."""
     with matplotlib.rc_context(STYLE):
@@ -80,42 +85,43 @@ def draw(found: dict[int, list[float]]) -> Figure:
         axes = figure.subplots()
         for workers, values in differences(found).items():
             colour, dash = MARKS[workers]
-            steps = range(1, len(values) + 1)
+            steps = drawn(len(values))
             axes.plot(
                 steps, [largest(values, step) for step in steps], color=colour, linestyle=dash, linewidth=1.4,
                 label=f"{workers} workers",
             )   # fmt: skip
-            seen = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
-            axes.plot(*zip(*seen, strict=True), ".", color=colour, markersize=1.2, alpha=0.4)
+            seen = [(step, values[step - 1]) for step in steps if values[step - 1] > 0]
+            axes.plot(*zip(*seen, strict=True), ".", color=colour, markersize=2, alpha=0.5)
         axes.axhline(2.0**-24, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
         half = "half a unit in the last place of fp32"
         axes.annotate(half, (1, 2.0**-24), xytext=(2, 3), textcoords="offset points", fontsize=7)
         axes.set(xscale="log", yscale="log", xlabel="iteration", ylabel="relative difference of the loss")
-        axes.set_title("Loss beside that of one worker: lines the largest so far, dots each iteration", fontsize=9, loc="left")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")      # no mathematical text: see STYLE
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title("Loss beside one worker's (line: the largest so far)", fontsize=9, loc="left")
         axes.legend(loc="upper left", fontsize=7.5)
         return figure
 
 
-def write(found: dict[int, list[float]], out: Path) -> None:
-    """one-trajectory.json and one-trajectory.svg, the same bytes for the same losses."""
-    out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {str(workers): values for workers, values in found.items()}
-    (out / "one-trajectory.json").write_text(json.dumps(record) + "\n")
+def write(found: dict[int, list[float]], path: Path) -> None:
+    """The figure as an SVG file on white, the same bytes for the same losses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        draw(found).savefig(out / "one-trajectory.svg", format="svg", metadata={"Date": None, "Creator": None})
+        draw(found).savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def main() -> None:
     """The command: see the module's words."""
     parser = argparse.ArgumentParser(prog="python -m tests.end_to_end.one_trajectory", description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=1500, help="updates of the weights at each number of workers")
-    parser.add_argument("--out", type=Path, required=True, help="folder for one-trajectory.json and one-trajectory.svg")
+    parser.add_argument("--out", type=Path, required=True, help="folder for one-trajectory.svg")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="one-trajectory-") as name:
         folder = Path(name)
         photos = make_photo_folder(folder / "photos", per_class=20, split=True, size=(48, 72))
         found = losses(photos, folder, given.iterations)
-    write(found, given.out)
+    write(found, given.out / "one-trajectory.svg")
     print(table(found))
 
 
