@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipelines.loader import TrainLoader
 from tests.training.test_worker import training, world  # noqa: F401 (a fixture)
-from training.worker import StageTraining, view_rule
+from training.stage_job import view_rule
+from training.worker import StageTraining
 from vggcore.nets import HashedDropout
 
 EPOCHS = 2      # of 24 pictures in batches of 7: the last, of 3, leaves the fourth of four workers without a picture
@@ -22,7 +23,7 @@ def masks_of(part: StageTraining) -> list[Tensor]:
     def keep(module: HashedDropout, inputs: tuple[Tensor, ...]) -> None:
         seen.append(module.forward(torch.ones_like(inputs[0])) > 0)
 
-    for module in part.net.modules():
+    for module in part.learner.net.modules():
         if isinstance(module, HashedDropout):
             module.register_forward_pre_hook(keep)
     return seen
@@ -33,7 +34,7 @@ def trained(world, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor,
     part = training(world)
     manifest = world[2]
     masks = masks_of(part)
-    part.model.train()
+    part.learner.model.train()
     loader = TrainLoader(
         manifest.split("train"), manifest.colour, view_rule(part.stage), standardise=part.stage.standardise,
         rank=rank, world_size=world_size, device="cpu", threads=1,
@@ -41,7 +42,7 @@ def trained(world, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor,
     for epoch in range(EPOCHS):
         for batch in loader.epoch(epoch):
             masks.clear()
-            part.add_gradient(batch)
+            part.learner.add_gradient(batch, part.progress.iteration)
             part.progress = replace(part.progress, iteration=part.progress.iteration + 1)
             mine = [mask[: len(batch.labels)] for mask in masks]      # a worker without pictures runs one zero image
             yield batch.images, batch.labels, batch.rows, mine
