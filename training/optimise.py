@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -38,6 +39,13 @@ class Plateau:
         if self.drops_left == 0:
             return replace(self, stalled=self.stalled + 1, finished=True)
         return replace(self, learning_rate=self.learning_rate / 10, drops_left=self.drops_left - 1, stalled=0)
+
+
+def ended_by(plateau: Plateau, *, epochs: int, max_epochs: int) -> Literal["plateau", "max_epochs"] | None:
+    """What ends a stage after so many whole epochs: the stall after the last drop, or max_epochs; None: it goes on."""
+    if plateau.finished:
+        return "plateau"
+    return "max_epochs" if epochs >= max_epochs else None
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage) -> torch.optim.SGD:
