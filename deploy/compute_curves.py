@@ -24,7 +24,7 @@ from vggcore.errors import StoreError
 from vggcore.nets import layer_table
 from vggcore.whole_file import whole_file
 
-POINTS_AN_EPOCH = 6       # of the training loss: enough to see the first iterations leave ln(classes), or not
+POINTS_AN_EPOCH = 4       # of the training loss: enough to see the first iterations leave ln(classes), or not
 FORMATS = (".svg", ".png")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")      # Okabe and Ito's palette
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
@@ -46,7 +46,8 @@ class Curve:
     accuracy: tuple[tuple[float, float], ...]  # (operations, top-1 on val 0..1) at each epoch's end
     loss: tuple[tuple[float, float], ...]      # (operations, mean training loss of the iterations since the point before)
     last_epoch_loss: float                     # mean training loss over the last epoch
-    test_top1: float | None                    # as the schedule's [evaluate] measured it
+    test_top1: float | None                    # as the schedule's [evaluate] measured it, and the AUC with it
+    test_auc: float | None
 
     @property
     def ends(self) -> float:
@@ -136,7 +137,8 @@ def read_curve(store: Path, entry: Mapping[str, Any], schedule: Mapping[str, Any
         accuracy=tuple((begins + cost.within(key, row["iteration"]), float(row["val_top1_accuracy"])) for row in epochs),
         loss=tuple((begins + cost.within(key, iteration), value) for iteration, value in points),
         last_epoch_loss=float(epochs[-1]["train_loss"]),
-        test_top1=float(facts["top1_accuracy"]) if facts else None,
+        test_top1=facts["top1_accuracy"] if facts else None,
+        test_auc=facts["auc"] if facts else None,
     )
 
 
@@ -186,7 +188,7 @@ class Cost:
             table = layer_table(settings["net"], classes=self.classes, **size)
             self.a_view[key] = 2.0 * BACKWARD_FACTOR * sum(row.macs for row in table)
         epochs, rest = divmod(iteration, self.iterations_an_epoch(key))
-        views = epochs * self.pictures + min(rest * settings["global_batch"], self.pictures)
+        views: float = epochs * self.pictures + min(rest * settings["global_batch"], self.pictures)
         return self.a_view[key] * views
 
     def before(self, key: str) -> float:
@@ -216,6 +218,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
                 "best_val_top1_accuracy": [curve.best for curve in curves],
                 "train_loss": [curve.last_epoch_loss for curve in curves],
                 "test_top1_accuracy": [curve.test_top1 for curve in curves],
+                "test_auc": [curve.test_auc for curve in curves],
             }
             for stage in found.stages
             for curves in [found.of(stage)]
@@ -229,7 +232,6 @@ def comparison_text(found: Comparison) -> str:
     rows = []
     for stage in found.stages:
         curves = found.of(stage)
-        tests = [curve.test_top1 for curve in curves if curve.test_top1 is not None]
         rows.append(
             (
                 stage,
@@ -239,10 +241,11 @@ def comparison_text(found: Comparison) -> str:
                 spread([100 * curve.accuracy[-1][1] for curve in curves], 1),
                 spread([100 * curve.best for curve in curves], 1),
                 spread([curve.last_epoch_loss for curve in curves], 3),
-                spread([100 * value for value in tests], 1) if len(tests) == len(curves) else "-",
+                spread([None if curve.test_top1 is None else 100 * curve.test_top1 for curve in curves], 1),
+                spread([curve.test_auc for curve in curves], 3),
             )
         )
-    titles = ("stage", "from", "seeds", unit, "val top-1 %", "best epoch %", "train loss", "test top-1 %")
+    titles = ("stage", "from", "seeds", unit, "val top-1 %", "best epoch %", "train loss", "test top-1 %", "AUC")
     return "\n".join(
         [
             *aligned(titles, rows, left=(0, 1)),
@@ -254,10 +257,13 @@ def comparison_text(found: Comparison) -> str:
     )
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation: "82.1 ± 0.9"; the value alone where there is one."""
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and sample standard deviation: "82.1 ± 0.9"; the value alone where there is one; "-" while one is not there yet."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    text = f"{mean(known):.{digits}f}"
+    return text if len(known) < 2 else f"{text} ± {stdev(known):.{digits}f}"
 
 
 def unit_of(found: Comparison) -> tuple[str, float]:
@@ -288,24 +294,27 @@ def draw_comparison(found: Comparison) -> Figure:
     unit, size = unit_of(found)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.6), dpi=DPI)
-        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.8, wspace=0.13)
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.85, wspace=0.13)
         accuracy, loss = figure.subplots(1, 2)
         for place, stage in enumerate(found.stages):
             looks = {"color": COLOURS[place], "linestyle": LINES[place]}
             curves = found.of(stage)
             draw_seeds(accuracy, [[(x / size, 100 * y) for x, y in curve.accuracy] for curve in curves], stage, looks)
             draw_seeds(loss, [[(x / size, y) for x, y in curve.loss] for curve in curves], stage, looks)
-        for value, words in ((found.uniform_loss, "all classes alike"), (found.shares_loss, "the classes' shares")):
-            loss.axhline(value, color="black", linewidth=0.8, linestyle=":", zorder=0)
-            loss.annotate(
-                f"{words}: {value:.3f}", (0.99, value), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
-                textcoords="offset points", ha="right", va="bottom", fontsize=6.5,
-            )   # fmt: skip
+        blind = [
+            loss.axhline(value, color="black", linewidth=0.9, linestyle=line, label=f"{words}: {value:.3f}")
+            for value, words, line in (
+                (found.uniform_loss, "all classes alike", ":"),
+                (found.shares_loss, "the classes' shares", "--"),
+            )
+        ]
+        loss.legend(
+            handles=blind, loc="upper right", fontsize=6.5, title="looking at no picture", title_fontsize=6.5, handlelength=3
+        )
         accuracy.set(title="Top-1 accuracy on val, %", xlabel=f"training, {unit}, with the stages it starts from")
         loss.set(title="Training loss", xlabel=f"training, {unit}, with the stages it starts from")
         for axes in (accuracy, loss):
             axes.set_xlim(left=0)
-        loss.set_ylim(bottom=0)
         figure.legend(
             *accuracy.get_legend_handles_labels(), loc="upper center", ncols=STAGES, fontsize=8, handlelength=3,
             bbox_to_anchor=(0.5, 1.0),

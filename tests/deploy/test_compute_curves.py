@@ -83,7 +83,7 @@ def add_schedule(store: Path, seed: int, manifest: Manifest, *, test: float | No
             rows.append(whole | {"val_top1_accuracy": (seed + epoch) / 10})
         (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if test is not None:
-            (folder / "evaluations" / "e" / "evaluation.json").write_text(json.dumps({"top1_accuracy": test}))
+            (folder / "evaluations" / "e" / "evaluation.json").write_text(json.dumps({"top1_accuracy": test, "auc": None}))
             evaluations[stage.name] = f"stages/{keys[stage.name]}/evaluations/e"
     entries = [
         {"name": stage.name, "key": keys[stage.name], "net": stage.net, "scale": [32, 32], "init_from": stage.init_from}
