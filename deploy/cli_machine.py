@@ -1,4 +1,4 @@
-"""The commands that look and measure: bench, status, doctor; deploy/cli.py adds them by `register(vggrow)`."""
+"""The commands that look and measure: bench, curves, status, doctor; deploy/cli.py adds them by `register(vggrow)`."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ WATCH_S = 2.0
 
 def register(group: click.Group) -> None:
     """Adds the commands to the command line."""
-    for command in (bench, status, doctor):
+    for command in (bench, curves, status, doctor):
         group.add_command(command)
 
 
@@ -152,6 +152,34 @@ def named_stage(recipe: "Recipe", name: str | None, place: Path) -> "Stage":
     if name is not None and name not in stages:
         raise RecipeError(f"--stage {name}: no such stage in {place}{nearest(name, list(stages))}")
     return stages[name] if name is not None else next(iter(stages.values()))
+
+
+@click.command()
+@click.argument("schedules", nargs=-1, metavar="[SCHEDULE]...")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Figure to write, .svg or .png.")
+@store_option
+@json_option
+def curves(schedules: tuple[str, ...], out: Path | None, store: str, as_json: bool) -> None:
+    """Hold stages against each other by what they cost: val accuracy and training loss over operations.
+
+    SCHEDULE is a schedule's key, or a recipe's name for all schedules of that name, such as copies with other seeds; none
+    means the newest one's name. A stage is charged with the stages that it starts from.
+
+    \b
+    Examples:
+        vggrow curves
+        vggrow curves staged-or-direct --out staged-or-direct.svg
+    """
+    from deploy.compute_curves import compare, comparison_json, comparison_text, write_figure
+    from training.store import store_to_read
+
+    found = compare(store_to_read(store).root, schedules)
+    if out is not None:
+        write_figure(found, out)
+    if as_json:
+        print_json(comparison_json(found))
+    else:
+        click.echo(comparison_text(found))
 
 
 @click.command()

@@ -43,6 +43,13 @@ class Plateau:
         return replace(self, learning_rate=self.learning_rate / 10, drops_left=self.drops_left - 1, stalled=0)
 
 
+def ended_by(plateau: Plateau, *, epochs: int, max_epochs: int) -> Literal["plateau", "max_epochs"] | None:
+    """What ends a stage after so many whole epochs: the stall after the last drop, or max_epochs; None: it goes on."""
+    if plateau.finished:
+        return "plateau"
+    return "max_epochs" if epochs >= max_epochs else None
+
+
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: Sgd = "foreach") -> torch.optim.SGD:
     """SGD with momentum and weight decay on every parameter, biases included (Sec. 3.1)."""
     return torch.optim.SGD(

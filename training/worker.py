@@ -23,7 +23,7 @@ from pipelines.plan import batches_per_epoch, permutation
 from training.checkpoint import Checkpoint, CheckpointWriter, Progress, newest_checkpoint, read_checkpoint, set_aside
 from training.history import HistoryWriter, cut_history
 from training.learner import Learner, set_up_torch
-from training.optimise import Plateau, set_learning_rate
+from training.optimise import Plateau, ended_by, set_learning_rate
 from training.orders import LAST_CHECKPOINTS_S, Orders
 from training.picture_log import PictureLog
 from training.stage_job import StageJob, Superseded, prove_same_world, record_problem, view_rule
@@ -222,7 +222,12 @@ class StageTraining:
     @property
     def finished(self) -> bool:
         """Whether the learning-rate rule or max_epochs has ended the stage."""
-        return self.progress.plateau.finished or self.progress.epoch >= self.stage.max_epochs
+        return self.ended_by is not None
+
+    @property
+    def ended_by(self) -> str | None:
+        """What has ended the stage, as result.json says it."""
+        return ended_by(self.progress.plateau, epochs=self.progress.epoch, max_epochs=self.stage.max_epochs)
 
     def train_epoch(self) -> VggrowError | str:
         """The rest of the current epoch: "done", "stopped" by request, or the problem that ended it."""
@@ -428,7 +433,7 @@ class StageTraining:
                 "iterations": progress.iteration,
                 "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
                 "best_val_top1_accuracy": progress.plateau.best,
-                "ended_by": "plateau" if progress.plateau.finished else "max_epochs",
+                "ended_by": self.ended_by,
                 "seconds": round(progress.seconds, 3),
                 "world_size": progress.world_size,
                 "threads": progress.threads,

@@ -183,12 +183,13 @@ class Augment(Frozen):
 
 
 class StageTable(Frozen):
-    """A [[stage]] as written: a net, a training scale, where its weights come from, and what differs from [train]."""
+    """A [[stage]] as written: a net, a training scale, where its weights come from, what differs from [net] and [train]."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     net: NetName
     scale: ScaleRange
     init_from: str | None = None
+    initialise: Initialise | None = None                 # of the layers that init_from does not give
     learning_rate: Positive | None = None
     drops: Annotated[int, Field(ge=0)] | None = None
     patience: Count | None = None
@@ -276,12 +277,13 @@ def stored_key(init_from: str | None) -> str | None:
 
 
 def check_stages(stages: tuple[StageTable, ...], *, crop: int) -> None:
-    """ValueError for two stages of one name, an absent parent, a cycle, or a scale that cannot hold the crop."""
+    """ValueError for two stages of one name, an absent parent, a cycle, a scale below the crop, first weights never used."""
     parents: dict[str, str | None] = {}
+    nets: dict[str | None, NetName] = {}
     for stage in stages:
         if stage.name in parents:
             raise ValueError(f"stage {stage.name!r} stands twice; each needs its own name")
-        parents[stage.name] = stage.init_from
+        parents[stage.name], nets[stage.name] = stage.init_from, stage.net
     for stage in stages:
         low, high = stage.scale
         if not crop <= low <= high:
@@ -292,6 +294,11 @@ def check_stages(stages: tuple[StageTable, ...], *, crop: int) -> None:
         if stage.init_from is not None and stage.init_from not in parents and stored_key(stage.init_from) is None:
             hint = nearest(stage.init_from, list(parents))
             raise ValueError(f"stage {stage.name!r}: init_from names {stage.init_from!r}, which is no stage here{hint}")
+        if stage.initialise is not None and nets.get(stage.init_from) == stage.net:
+            raise ValueError(
+                f"stage {stage.name!r}: initialise has no effect: {stage.init_from!r} is a net {stage.net} too and gives every"
+                " layer; remove it, or init_from"
+            )
         seen = [stage.name]
         while (parent := parents[seen[-1]]) is not None and parent in parents:
             if parent in seen:

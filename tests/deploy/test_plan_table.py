@@ -113,6 +113,23 @@ def test_a_finished_stage_is_done_and_a_changed_setting_is_named(tmp_path: Path)
     assert "1 of 2 stages to run" in plan_text(other)
 
 
+def test_a_changed_learning_rate_is_to_do_again_with_the_stages_that_start_from_it_and_no_others(tmp_path: Path) -> None:
+    more = 'learning_rate = 0.01\n[[stage]]\nname = "D-80"\nnet = "D"\nscale = 80\ninit_from = "D-64"\n'
+    more += '[[stage]]\nname = "B-64"\nnet = "B"\nscale = 64\ninit_from = "A-64"\n'
+    recipe, manifest = recipe_of(PETS + more), manifest_of(train=20)
+    for name in ("A-64", "D-64", "D-80", "B-64"):
+        finish(tmp_path, recipe, manifest, name)
+    changed = recipe_of(PETS + more.replace("learning_rate = 0.01", "learning_rate = 0.005"))
+
+    stages = {stage.name: stage for stage in plan(changed, manifest, 1, tmp_path).stages}
+
+    assert {name: stage.status for name, stage in stages.items()} == {
+        "A-64": "done", "D-64": "to do", "D-80": "to do", "B-64": "done"
+    }   # fmt: skip
+    assert stages["D-64"].reason.startswith("learning_rate was 0.01, is 0.005 (since ")
+    assert stages["D-80"].reason.startswith("after D-64; its pictures, classes or parent changed (since ")
+
+
 def test_a_stage_that_was_interrupted_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
     recipe, manifest = recipe_of(PETS), manifest_of(train=20)
     key = plan(recipe, manifest, 1, tmp_path).stages[0].key

@@ -5,7 +5,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from training.optimise import Plateau, make_optimizer
+from pipelines.plan import batches_per_epoch
+from training.optimise import Plateau, ended_by, make_optimizer
+from vggcore.recipe import Train
 from vggcore.schedule import Stage
 
 
@@ -16,6 +18,16 @@ def run_rule(curve: list[float], *, patience: int = 2, drops: int = 3) -> list[P
         rule = rule.after(epoch, val_top1)
         states.append(rule)
     return states
+
+
+def train_on(curve: list[float], *, max_epochs: int, patience: int = 2, drops: int = 3) -> tuple[list[float], str | None]:
+    """The learning rate of each epoch that is trained, and what ended the stage; `curve` is the val top-1 to come."""
+    rule = Plateau(learning_rate=1e-2, drops_left=drops, patience=patience)
+    rates = []
+    while (end := ended_by(rule, epochs=len(rates), max_epochs=max_epochs)) is None:
+        rates.append(rule.learning_rate)
+        rule = rule.after(len(rates) - 1, curve[len(rates) - 1])
+    return rates, end
 
 
 def test_gains_keep_the_rate():
@@ -48,6 +60,49 @@ def test_three_divisions_then_the_next_stall_ends_the_stage():
 
 def test_without_drops_the_first_stall_ends_the_stage():
     assert run_rule([0.5, 0.5, 0.5], patience=2, drops=0)[-1].finished
+
+
+def test_a_late_gain_after_a_drop_does_not_bring_the_rate_back():
+    states = run_rule([0.5, 0.5, 0.5, 0.9, 0.9], patience=2)
+
+    assert [state.learning_rate for state in states] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-3])
+    assert states[-1].best == 0.9 and states[-1].best_epoch == 3
+
+
+def test_a_loss_of_accuracy_is_measured_against_the_best_not_against_the_epoch_before():
+    states = run_rule([0.6, 0.4, 0.5, 0.55, 0.6], patience=9)
+
+    assert [state.stalled for state in states] == [0, 1, 2, 3, 4]
+
+
+def test_a_stage_that_keeps_gaining_ends_at_max_epochs_with_its_first_rate():
+    rates, end = train_on([place / 100 for place in range(100)], max_epochs=5)
+
+    assert (rates, end) == ([1e-2] * 5, "max_epochs")
+
+
+def test_a_stage_stops_in_the_stall_after_its_last_drop_and_trains_no_epoch_more():
+    rates, end = train_on([0.5] + [0.5] * 99, max_epochs=74, patience=5, drops=3)
+
+    assert rates == pytest.approx([1e-2] * 6 + [1e-3] * 5 + [1e-4] * 5 + [1e-5] * 5)
+    assert end == "plateau"
+
+
+def test_max_epochs_also_cuts_a_stall_short():
+    rates, end = train_on([0.5] * 100, max_epochs=7, patience=5, drops=3)
+
+    assert rates == pytest.approx([1e-2] * 6 + [1e-3])
+    assert end == "max_epochs"
+
+
+def test_iterations_are_the_papers_370_thousand_in_74_epochs_of_imagenet_at_batch_256():
+    defaults = Train()
+
+    iterations = batches_per_epoch(1_281_167, defaults.global_batch) * defaults.max_epochs      # ILSVRC-2012's training set
+
+    assert (defaults.global_batch, defaults.max_epochs, defaults.drops) == (256, 74, 3)         # Sec. 3.1
+    assert iterations == 5005 * 74
+    assert iterations // 1000 == 370                                                            # "370K iterations"
 
 
 def test_weight_decay_and_momentum_reach_the_biases_too():

@@ -65,6 +65,8 @@ MISTAKES = [
     ('init_from = "A-72"',   'init_from = "A-27"',      r"stage 'D-72-96': init_from names 'A-27', which is no stage here; did you mean 'A-72'\?"),
     ("scale = 72\n",         'scale = 72\ninit_from = "D-72-96"\n', r"in a circle: A-72 from D-72-96 from A-72"),
     ('init_from = "A-72"',   'init_from = "D-72-96"',   r"in a circle: D-72-96 from D-72-96"),
+    ("scale = 72\n",         'scale = 72\ninitialise = "xavier"\n', r"stage 'A-72' initialise: found 'xavier', wanted 'paper', 'glorot' or 'he'"),
+    ('net = "D"',            'net = "A"\ninitialise = "he"', r"stage 'D-72-96': initialise has no effect: 'A-72' is a net A too"),
     ('name = "D-72-96"',     'name = "A-72"',           r"stage 'A-72' stands twice"),
     ("crop = 64",            "crop = 72",               r"\[net\] crop: found 72, wanted a multiple of 32"),
     ('"30s"',                '"30 parsecs"',            r"\[train\] checkpoint_every: found '30 parsecs', wanted a time such as '5min'"),

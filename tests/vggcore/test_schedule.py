@@ -47,6 +47,15 @@ def test_parents_come_first_and_a_stages_own_settings_win():
     assert [stage.max_epochs for stage in stages] == [74, 74, 20]
 
 
+def test_a_stages_own_first_weights_win_over_those_of_all_nets():
+    text = RECIPE.replace('init_from = "A-256"', 'initialise = "glorot"') + '[net]\ninitialise = "he"\nwidth = 0.5'
+
+    stages = {stage.name: stage for stage in stages_of(text)}
+
+    assert {name: stage.initialise for name, stage in stages.items()} == {"A-256": "he", "D-256": "glorot", "D-384": "he"}
+    assert {stage.width for stage in stages.values()} == {0.5}
+
+
 # Every field of the recipe, a changed value, and the stages whose keys must change with it.
 ALL = {"A-256", "D-256", "D-384"}
 # fmt: off
@@ -57,6 +66,7 @@ CHANGES = [
     ("crop",             "[net]\ncrop = 192", "", ALL),
     ("dropout",          "[net]\ndropout = 0.4", "", ALL),
     ("initialise",       '[net]\ninitialise = "he"', "", ALL),
+    ("initialise",       'init_from = "A-256"\ninitialise = "he"', 'init_from = "A-256"', {"D-256", "D-384"}),
     ("standardise",      'root = "pictures"\nstandardise = true', 'root = "pictures"', ALL),
     ("flip",             "[augment]\nflip = false", "", ALL),
     ("colour",           "[augment]\ncolour = 0.2", "", ALL),
