@@ -50,13 +50,19 @@ def start_ray(store: Store, *, address: str | None, cpus: int, stall_s: float, e
         os.environ.setdefault(name, value)
     if address is None or address == "local":
         keep_token(store.root / "ray_auth_token")
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:      # Ray 2.60 raises a bare Exception where its node is not up within 30 s
+            raise ClusterError(
+                f"Ray does not start on this machine ({first_line(error)}); if other work fills it, start the same command"
+                " again when it is less busy"
+            ) from error
         return
     check_address(address)
     try:

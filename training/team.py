@@ -24,6 +24,14 @@ class Team:
         torch.distributed.all_reduce(summed)
         return summed.tolist()
 
+    def every(self, value: str) -> list[str]:
+        """What each worker has, by rank."""
+        if self.world_size == 1:
+            return [value]
+        found: list[str] = [""] * self.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def any_problem(self, problem: VggrowError | None) -> VggrowError | None:
         """The first worker's problem, the same in every worker; None when all are well."""
         if self.world_size == 1:

@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train.torch
+import ray.util
 import torch
 
 from pipelines.cache import cache_folder, open_cache
@@ -31,18 +33,19 @@ from training.store import Store, fence_holds
 from training.team import Team
 from training.validation import Validation
 from vggcore.errors import StoreError, TrainingError, VggrowError
-from vggcore.whole_file import write_json
+from vggcore.whole_file import append_text, write_json
 
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3                     # pictures that a message names
 
 
-def train_stage(config: dict[str, Any]) -> None:
+def train_stage(config: dict[str, Any]) -> VggrowError | None:
     """Trains one stage to its end, or to a stop request, from the newest checkpoint on.
 
     config: {"job": StageJob}. Outcomes are files in the stage's folder: result.json (finished), error.json (a problem
-    for the user), neither (stopped, or killed). Any other exception is ours and goes to Ray.
+    for the user), neither (stopped, or killed). The problem is returned too: the store may be what takes no writes. Any
+    other exception is ours and goes to Ray.
     """
     job: StageJob = config["job"]
     device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
@@ -61,9 +64,10 @@ def train_stage(config: dict[str, Any]) -> None:
             problem = training.problem or training.run()
     except Superseded:
         logger.warning("stage %s: another command has taken over; this worker stops", job.stage.name)
-        return
+        return None
     if problem is not None and team.rank == 0:
         record_problem(job, problem)
+    return problem
 
 
 class StageTraining:
@@ -122,12 +126,10 @@ class StageTraining:
 
     def run(self) -> VggrowError | None:
         """Trains until the rule ends the stage, a stop is asked for, or a problem appears, which is returned."""
-        if self.team.rank == 0:
-            self.may_write()
-            set_aside(self.folder, above=self.progress.iteration)
-            cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
-            self.record_start()
-        self.open_picture_log()
+        problem = self.team.any_problem(self.clear_the_way(self.team.every(place())))
+        problem = problem or self.team.any_problem(self.open_picture_log())
+        if problem is not None:
+            return problem
         try:
             while not self.finished:
                 outcome = self.train_epoch()
@@ -145,7 +147,20 @@ class StageTraining:
             if self.picture_log is not None:
                 self.picture_log.close()
 
-    def record_start(self) -> None:
+    def clear_the_way(self, places: list[str]) -> VggrowError | None:
+        """Rank 0 cuts from the history what will come again, and records this start; places: of all workers."""
+        if self.team.rank != 0:
+            return None
+        self.may_write()
+        try:
+            set_aside(self.folder, above=self.progress.iteration)
+            cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
+            self.record_start(places)
+        except StoreError as error:
+            return error
+        return None
+
+    def record_start(self, places: list[str]) -> None:
         """Adds a line to starts.jsonl: when, where and from which iteration on these workers train."""
         row = {
             "fence": self.job.fence,
@@ -154,18 +169,24 @@ class StageTraining:
             "threads": self.job.threads,
             "device": self.job.device,
             "host": socket.gethostname(),
+            "places": places,
             "passed_over": self.passed_over,
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self.folder / "starts.jsonl", json.dumps(row) + "\n")
 
-    def open_picture_log(self) -> None:
-        """Opens this worker's log of pictures, if one is wanted; all number this start alike."""
-        if self.job.log_pictures:
-            lines = len((self.folder / "starts.jsonl").read_bytes().splitlines()) if self.team.rank == 0 else 0
-            (start,) = self.team.total(float(lines))
+    def open_picture_log(self) -> VggrowError | None:
+        """Opens this worker's log of pictures, if one is wanted; all number this start alike. Gives what kept it from that."""
+        if not self.job.log_pictures:
+            return None
+        starts = self.folder / "starts.jsonl"
+        lines = len(starts.read_bytes().splitlines()) if self.team.rank == 0 and starts.exists() else 0
+        (start,) = self.team.total(float(lines))
+        try:
             self.picture_log = PictureLog(self.folder, self.team.rank, int(start))
+        except StoreError as error:
+            return error
+        return None
 
     @property
     def finished(self) -> bool:
@@ -262,8 +283,10 @@ class StageTraining:
         )
         if self.team.rank == 0:
             row = {"fence": self.job.fence, "iteration": self.progress.iteration, "every_s": LAST_CHECKPOINTS_S}
-            with (self.folder / "preemptions.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                append_text(self.folder / "preemptions.jsonl", json.dumps(row) + "\n")
+            except StoreError as error:
+                self.trouble = self.trouble or error
         self.checkpoint()
 
     def log_pictures(self, log: PictureLog, batch: Batch) -> None:
@@ -363,23 +386,29 @@ class StageTraining:
             return None
         self.may_write()
         progress = self.progress
-        write_json(
-            self.folder / "result.json",
-            {
-                "checkpoint": f"iteration-{progress.iteration}",
-                "best_checkpoint": f"iteration-{progress.best_iteration}",
-                "epochs": progress.epoch,
-                "iterations": progress.iteration,
-                "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
-                "best_val_top1_accuracy": progress.plateau.best,
-                "ended_by": "plateau" if progress.plateau.finished else "max_epochs",
-                "seconds": round(progress.seconds, 3),
-                "world_size": progress.world_size,
-                "threads": progress.threads,
-                "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
-            },
-        )
+        result = {
+            "checkpoint": f"iteration-{progress.iteration}",
+            "best_checkpoint": f"iteration-{progress.best_iteration}",
+            "epochs": progress.epoch,
+            "iterations": progress.iteration,
+            "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
+            "best_val_top1_accuracy": progress.plateau.best,
+            "ended_by": "plateau" if progress.plateau.finished else "max_epochs",
+            "seconds": round(progress.seconds, 3),
+            "world_size": progress.world_size,
+            "threads": progress.threads,
+            "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
+        }
+        try:
+            write_json(self.folder / "result.json", result)
+        except StoreError as error:
+            return error
         return None
+
+
+def place() -> str:
+    """Where this worker runs: its node's address in the cluster, or this machine's name where there is none."""
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else socket.gethostname()
 
 
 def next_batch(coming: Iterator[Batch]) -> tuple[Batch | None, VggrowError | None]:
