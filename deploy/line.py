@@ -30,6 +30,7 @@ from training.stop_switch import Interrupted
 from training.store import Store, hold, read_json
 from training.track import Tracker, open_tracker
 from training.where import Where, check_where, cores
+from vggcore.errors import TrackingError
 from vggcore.recipe import BEST_ON_VAL, Recipe
 from vggcore.schedule import Stage, evaluated_stages, parent_key, resolve_stages, schedule_key, stage_keys
 from vggcore.weights import load_weights
@@ -190,16 +191,17 @@ class Together(Listener):
 
 @contextmanager
 def truthful_end(tracker: Tracker) -> Iterator[None]:
-    """The parent run ends as what happened: FINISHED, KILLED by a signal, or FAILED."""
-    status = "FAILED"
+    """The parent run ends as what happened: FINISHED, KILLED by a signal, or FAILED; an error of MLflow hides no other."""
     try:
         yield
-        status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
-        status = "KILLED"
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "FAILED"
+        try:
+            tracker.insist(lambda: tracker.end(tracker.parent_run_id, status))
+        except TrackingError as further:
+            logger.warning("%s", further)
         raise
-    finally:
-        tracker.insist(lambda: tracker.end(tracker.parent_run_id, status))
+    tracker.insist(lambda: tracker.end(tracker.parent_run_id, "FINISHED"))
 
 
 def batches(stage: Stage, manifest: Manifest) -> int:

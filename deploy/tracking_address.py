@@ -102,8 +102,8 @@ def check_sqlite(path: Path) -> None:
         raise TrackingError(f"--tracking {SQLITE}{path}: no folder {str(path.parent)!r}; make it, or name another file")
     if not path.exists():
         return
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:        # not mode=ro: a writer that was killed has left a journal, which the next one must roll back
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
         try:
             connection.execute("SELECT count(*) FROM sqlite_master")
         finally:

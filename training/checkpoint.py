@@ -26,7 +26,7 @@ from training.optimise import Plateau
 from training.store import read_json
 from vggcore.errors import StoreError
 from vggcore.weights import load_weights, save_weights
-from vggcore.whole_file import sync_folder, write_json
+from vggcore.whole_file import refusal, sync_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +152,19 @@ def newest_checkpoint(stage_folder: Path, passed_over: list[str] | None = None) 
 
 
 def set_aside(stage_folder: Path, above: int) -> None:
-    """Renames the checkpoints above an iteration, which were found broken, so that they count for nothing any more."""
+    """Renames the checkpoints above an iteration, which were found broken, so that they count for nothing any more.
+
+    Raises StoreError where the store takes no writes.
+    """
     for iteration in iterations_on_disk(stage_folder):
         if iteration > above:
             folder = checkpoint_folder(stage_folder, iteration)
             broken = folder.with_name(f"broken-{folder.name}")
             shutil.rmtree(broken, ignore_errors=True)
-            folder.rename(broken)
+            try:
+                folder.rename(broken)
+            except OSError as error:
+                raise StoreError(refusal(broken, error)) from error
 
 
 def write_checkpoint(

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vggcore.errors import StoreError
-from vggcore.whole_file import write_text
+from vggcore.whole_file import append_text, write_text
 
 FLUSH_EVERY_S = 0.5
 
@@ -38,14 +37,7 @@ class HistoryWriter:
         """Writes all rows that wait. Raises StoreError when the disk takes no more."""
         if self.waiting:
             self.may_write()
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write("".join(self.waiting))
-            except OSError as error:
-                raise StoreError(
-                    f"{self.path}: cannot be written ({error.strerror}); make room, or make the store writable, and start the"
-                    " same command again"
-                ) from error
+            append_text(self.path, "".join(self.waiting))
         self.waiting.clear()
         self.flushed_at = time.monotonic()
 

@@ -18,7 +18,7 @@ from training.stage_run import StageRun
 from training.stop_switch import STOP_WAIT_S, Interrupted, StopSwitch
 from training.where import Where, cores
 from training.worker_count import most
-from vggcore.errors import TrainingError
+from vggcore.errors import TrackingError, TrainingError
 from vggcore.schedule import Stage
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,10 @@ class Crew:
             self.stopped = self.stopped or status == "KILLED"
             if run.begun:
                 self.listener.stage_ends(stage, run.key, status)
+        except TrackingError as further:
+            if problem is None:
+                raise
+            logger.warning("stage %s: its end is not recorded (%s)", stage.name, further)
         finally:
             run.let_go()
 

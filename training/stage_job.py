@@ -1,6 +1,7 @@
 """What a worker is told about the stage it trains, and how it proves that it sees what the driver sees."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from vggcore.errors import DatasetError, StoreError, VggrowError
 from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,12 @@ def prove_same_world(job: StageJob, manifest: Manifest) -> None:
 
 
 def record_problem(job: StageJob, problem: VggrowError) -> None:
-    """Leaves the problem for the conductor, which raises it again."""
+    """Leaves the problem for the conductor, which raises it again; a store that takes no writes may be the problem itself."""
     found = {"fence": job.fence, "type": type(problem).__name__, "message": str(problem)}
-    write_json(Store(job.store).stage(job.key) / "error.json", found)
+    try:
+        write_json(Store(job.store).stage(job.key) / "error.json", found)
+    except StoreError as error:
+        logger.warning("stage %s: its problem is not recorded (%s)", job.stage.name, error)
 
 
 def view_rule(stage: Stage) -> ViewRule:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import ray
 import ray.train
+import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 import vggcore.errors
 from pipelines.manifest import Manifest
@@ -35,6 +37,7 @@ from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
 
 MAX_FAILURES = 3          # how often a stage's workers may die without a new checkpoint before we give up
+LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")     # what gloo says of others
 RESIZE_S = 15.0           # how often a stage with a range of workers looks whether there is room for more
 
 
@@ -229,12 +232,15 @@ class FitThread(threading.Thread):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Runs the stage to its end; begins anew when workers died too often for Ray Train, but got on in between."""
+        """Runs the stage to its end; begins anew when workers died too often for Ray Train, but got on in between.
+
+        A problem that the workers return is kept as if it had been raised.
+        """
         attempt = 0
         while True:
             reached, attempt = self.reached(), attempt + 1
             try:
-                make_trainer(self.job, self.where, attempt).fit()
+                self.error = make_trainer(self.job, self.where, attempt).fit().return_value
                 return
             except BaseException as error:
                 stopped = stop_requested(self.where.store, self.job.lock, self.job.fence)
@@ -252,20 +258,21 @@ class FitThread(threading.Thread):
         """What fit() raised: what a worker says the user can mend, deaths of workers as TrainingError, else as it is."""
         if self.error is None:
             return None
+        if isinstance(self.error, VggrowError):
+            return self.error
         for one in worker_failures(self.error):
-            cause = getattr(one, "base_exc", one)          # Ray's UserExceptionWithTraceback
-            if isinstance(cause, VggrowError):
-                return cause
-            if "Gloo connectFullMesh failed" in str(cause):
+            if isinstance(one, VggrowError):
+                return one
+            if "Gloo connectFullMesh failed" in str(one):
                 return ClusterError(
                     f"stage {self.job.stage.name!r}: the workers do not reach one another (Gloo connectFullMesh failed); set"
                     " GLOO_SOCKET_IFNAME on every node to the card that the others see, such as eth0, where Ray is started"
                 )
         if only_deaths(self.error):
             return TrainingError(
-                f"stage {self.job.stage.name!r}: its workers died more than {MAX_FAILURES} times without a new checkpoint;"
-                " look for what kills them (memory?), then start the same command again: it goes on from the newest"
-                " checkpoint"
+                f"stage {self.job.stage.name!r}: its workers died or hung more than {MAX_FAILURES} times without a new"
+                " checkpoint; look for what kills or holds them (memory? --stall-limit?), then start the same command again:"
+                " it goes on from the newest checkpoint"
             )
         return self.error
 
@@ -278,7 +285,15 @@ def worker_failures(error: BaseException) -> list[BaseException]:
 def only_deaths(error: BaseException) -> bool:
     """Whether workers died or hung, and none of them raised an error of its own."""
     failures = worker_failures(error)
-    return bool(failures) and all(isinstance(one, ray.exceptions.RayActorError) for one in failures)
+    return bool(failures) and all(is_death(one) for one in failures)
+
+
+def is_death(failure: BaseException) -> bool:
+    """Whether a worker died, hung, or was left alone by one that did; Ray 2.60 has no public names for the first two."""
+    cause = getattr(failure, "health_check_failure", failure)
+    if isinstance(cause, (ray.exceptions.RayActorError, WorkerHealthCheckTimeoutError, torch.distributed.DistError)):
+        return True
+    return isinstance(cause, RuntimeError) and any(words in str(cause) for words in LEFT_ALONE)
 
 
 def make_trainer(job: StageJob, where: Where, attempt: int) -> TorchTrainer:

@@ -185,6 +185,7 @@ def open_tracker(
 
     tracking: checked before (see tracking_address). The parent run is found again by its schedule key.
     """
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)     # a traceback beside what it raises
     client = MlflowClient(tracking)
     try:
         experiment = client.get_experiment_by_name(recipe_name)

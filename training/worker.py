@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train.torch
+import ray.util
 import torch
 
 from pipelines.cache import cache_folder, open_cache
@@ -33,18 +35,19 @@ from training.system_metrics import Sampler, machine_to_sample
 from training.team import Team
 from training.validation import Validation
 from vggcore.errors import StoreError, TrainingError, VggrowError
-from vggcore.whole_file import write_json
+from vggcore.whole_file import append_text, write_json
 
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3                     # pictures that a message names
 
 
-def train_stage(config: dict[str, Any]) -> None:
+def train_stage(config: dict[str, Any]) -> VggrowError | None:
     """Trains one stage to its end, or to a stop request, from the newest checkpoint on.
 
     config: {"job": StageJob}. Outcomes are files in the stage's folder: result.json (finished), error.json (a problem
-    for the user), neither (stopped, or killed). Any other exception is ours and goes to Ray.
+    for the user), neither (stopped, or killed). The problem is returned too: the store may be what takes no writes. Any
+    other exception is ours and goes to Ray.
     """
     job: StageJob = config["job"]
     device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
@@ -52,10 +55,10 @@ def train_stage(config: dict[str, Any]) -> None:
     team = Team(device)
     with stage_log(Store(job.store).stage(job.key), job.key, worker_name(team.rank), worker_hears) as log:
         log.info("%s (%s): worker %d of %d begins; %s", job.stage.name, job.key, team.rank, team.world_size, versions())
-        train_with(job, team, log)
+        return train_with(job, team, log)
 
 
-def train_with(job: StageJob, team: Team, log: logging.Logger) -> None:
+def train_with(job: StageJob, team: Team, log: logging.Logger) -> VggrowError | None:
     """What train_stage does, with this worker's place among the others and its log."""
     problem: VggrowError | None = None
     try:
@@ -72,7 +75,7 @@ def train_with(job: StageJob, team: Team, log: logging.Logger) -> None:
             problem = training.problem or training.run()
     except Superseded:
         logger.warning("stage %s: another command has taken over; this worker stops", job.stage.name)
-        return
+        return None
     finally:
         if sampler is not None:
             sampler.close()
@@ -80,6 +83,7 @@ def train_with(job: StageJob, team: Team, log: logging.Logger) -> None:
         log.error("ends: %s", problem)
         if team.rank == 0:
             record_problem(job, problem)
+    return problem
 
 
 def start_sampler(training: "StageTraining") -> Sampler | None:
@@ -151,13 +155,11 @@ class StageTraining:
 
     def run(self) -> VggrowError | None:
         """Trains until the rule ends the stage, a stop is asked for, or a problem appears, which is returned."""
-        if self.team.rank == 0:
-            self.may_write()
-            set_aside(self.folder, above=self.progress.iteration)
-            cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
-            self.record_start()
+        problem = self.team.any_problem(self.clear_the_way(self.team.everyones(place())))
+        problem = problem or self.team.any_problem(self.open_picture_log())
+        if problem is not None:
+            return problem
         self.say_begin()
-        self.open_picture_log()
         try:
             while not self.finished:
                 outcome = self.train_epoch()
@@ -174,7 +176,20 @@ class StageTraining:
             if self.picture_log is not None:
                 self.picture_log.close()
 
-    def record_start(self) -> None:
+    def clear_the_way(self, places: list[str]) -> VggrowError | None:
+        """Rank 0 cuts from the history what will come again, and records this start; places: of all workers."""
+        if self.team.rank != 0:
+            return None
+        self.may_write()
+        try:
+            set_aside(self.folder, above=self.progress.iteration)
+            cut_history(self.history.path, iteration=self.progress.iteration, epochs=self.progress.epoch)
+            self.record_start(places)
+        except StoreError as error:
+            return error
+        return None
+
+    def record_start(self, places: list[str]) -> None:
         """Adds a line to starts.jsonl: when, where and from which iteration on these workers train."""
         row = {
             "fence": self.job.fence,
@@ -183,11 +198,11 @@ class StageTraining:
             "threads": self.job.threads,
             "device": self.job.device,
             "host": socket.gethostname(),
+            "places": places,
             "passed_over": self.passed_over,
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self.folder / "starts.jsonl", json.dumps(row) + "\n")
 
     def say_begin(self) -> None:
         """Into the log: from where on this worker trains, and with what."""
@@ -212,12 +227,18 @@ class StageTraining:
         """Into the log: a checkpoint is on disk."""
         self.log.info("checkpoint of iteration %d written in %.2f s", iteration, seconds)
 
-    def open_picture_log(self) -> None:
-        """Opens this worker's log of pictures, if one is wanted; all number this start alike."""
-        if self.job.log_pictures:
-            lines = len((self.folder / "starts.jsonl").read_bytes().splitlines()) if self.team.rank == 0 else 0
-            (start,) = self.team.total(float(lines))
+    def open_picture_log(self) -> VggrowError | None:
+        """Opens this worker's log of pictures, if one is wanted; all number this start alike. Gives what kept it from that."""
+        if not self.job.log_pictures:
+            return None
+        starts = self.folder / "starts.jsonl"
+        lines = len(starts.read_bytes().splitlines()) if self.team.rank == 0 and starts.exists() else 0
+        (start,) = self.team.total(float(lines))
+        try:
             self.picture_log = PictureLog(self.folder, self.team.rank, int(start))
+        except StoreError as error:
+            return error
+        return None
 
     @property
     def finished(self) -> bool:
@@ -322,8 +343,10 @@ class StageTraining:
         )
         if self.team.rank == 0:
             row = {"fence": self.job.fence, "iteration": self.progress.iteration, "every_s": LAST_CHECKPOINTS_S}
-            with (self.folder / "preemptions.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                append_text(self.folder / "preemptions.jsonl", json.dumps(row) + "\n")
+            except StoreError as error:
+                self.trouble = self.trouble or error
         self.checkpoint()
 
     def log_pictures(self, log: PictureLog, batch: Batch) -> None:
@@ -424,22 +447,23 @@ class StageTraining:
             return None
         self.may_write()
         progress = self.progress
-        write_json(
-            self.folder / "result.json",
-            {
-                "checkpoint": f"iteration-{progress.iteration}",
-                "best_checkpoint": f"iteration-{progress.best_iteration}",
-                "epochs": progress.epoch,
-                "iterations": progress.iteration,
-                "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
-                "best_val_top1_accuracy": progress.plateau.best,
-                "ended_by": self.ended_by,
-                "seconds": round(progress.seconds, 3),
-                "world_size": progress.world_size,
-                "threads": progress.threads,
-                "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
-            },
-        )
+        result = {
+            "checkpoint": f"iteration-{progress.iteration}",
+            "best_checkpoint": f"iteration-{progress.best_iteration}",
+            "epochs": progress.epoch,
+            "iterations": progress.iteration,
+            "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
+            "best_val_top1_accuracy": progress.plateau.best,
+            "ended_by": self.ended_by,
+            "seconds": round(progress.seconds, 3),
+            "world_size": progress.world_size,
+            "threads": progress.threads,
+            "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
+        }
+        try:
+            write_json(self.folder / "result.json", result)
+        except StoreError as error:
+            return error
         self.log.info("finished by iteration %d, epoch %d", progress.iteration, progress.epoch)
         return None
 
@@ -447,6 +471,11 @@ class StageTraining:
 def told(row: dict[str, Any]) -> str:
     """An epoch's figures in words, for the log."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in row.items() if name != "epoch")
+
+
+def place() -> str:
+    """Where this worker runs: its node's address in the cluster, or this machine's name where there is none."""
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else socket.gethostname()
 
 
 def next_batch(coming: Iterator[Batch]) -> tuple[Batch | None, VggrowError | None]:

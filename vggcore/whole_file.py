@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
+"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename; and lines added to a file."""
 
 import errno
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 from vggcore.errors import StoreError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# What a person can mend: no room, or a folder that takes no writes (any more).
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -29,15 +30,29 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(part, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in REFUSED:
             raise
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror}); make room, or make the folder writable, and start the same command"
-            " again"
-        ) from error
+        raise StoreError(refusal(path, error)) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def refusal(path: Path, error: OSError) -> str:
+    """What to say of a file that cannot be written, in one line."""
+    return (
+        f"{path}: cannot be written ({error.strerror}); make room, or make the folder writable, and start the same command"
+        " again"
+    )
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds `text` at the end of `path`. Raises StoreError where it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise StoreError(refusal(path, error)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,7 +23,8 @@ from filelock import FileLock
 
 BIN = Path(sys.executable).parent
 OBJECT_STORE_BYTES = 100 * 10**6
-START_S = 120.0
+START_S = 240.0
+START_TRIES = 3
 MLFLOW_USER = "admin"
 
 
@@ -39,14 +40,17 @@ class Node:
 class Cluster:
     """The cluster that a prefix stands for; making the object starts nothing."""
 
-    def __init__(self, prefix: str = "vgc", network: str = "10.213.77") -> None:
-        """prefix: up to 8 letters and digits, for namespaces, interfaces and the folder; network: three bytes of addresses."""
+    def __init__(self, prefix: str = "vgc", network: str = "10.213.77", head_cpus: int = 0) -> None:
+        """prefix: up to 8 letters and digits, for namespaces, interfaces and the folder; network: three bytes of addresses.
+
+        head_cpus: 1 lets a worker run on the head too, so that three workers are on three nodes.
+        """
         assert re.fullmatch(r"[a-z][a-z0-9]{1,7}", prefix), f"{prefix!r}: wanted 2 to 8 letters and digits"
         self.prefix, self.network = prefix, network
         self.folder = Path("/tmp") / prefix               # short: Ray's sockets lie below it, 107 characters at most
         self.bridge = f"{prefix}-br"
-        # The head has no CPU for workers, each node one: two workers are on two nodes.
-        self.head = Node(f"{prefix}-head", f"{network}.10", cpus=0)
+        # The head has no CPU for workers unless asked for, each node one: two workers are on two nodes.
+        self.head = Node(f"{prefix}-head", f"{network}.10", cpus=head_cpus)
         self.nodes = (Node(f"{prefix}-one", f"{network}.11", cpus=1), Node(f"{prefix}-two", f"{network}.12", cpus=1))
         self.mlflow = Node(f"{prefix}-mlflow", f"{network}.20", cpus=0)
 
@@ -158,20 +162,28 @@ class Cluster:
             ip("-n", node.namespace, "link", "set", "lo", "up")
 
     def start_ray(self) -> None:
-        """The head, then the nodes together."""
-        self.start_node(self.head, "--head", "--port=6379", "--dashboard-host=0.0.0.0", "--dashboard-port=8265").wait_well()
-        started = [self.start_node(node, f"--address={self.head.ip}:6379") for node in self.nodes]
-        for one in started:
-            one.wait_well()
+        """The head, then the nodes."""
+        self.start_node(self.head, "--head", "--port=6379", "--dashboard-host=0.0.0.0", "--dashboard-port=8265")
+        for node in self.nodes:
+            self.start_node(node, f"--address={self.head.ip}:6379")
 
-    def start_node(self, node: Node, *words: str) -> "Started":
-        """`ray start` on a node, as a supervisor would call it: its temporary folder is the node's own."""
+    def start_node(self, node: Node, *words: str) -> None:
+        """`ray start` on a node, as a supervisor would call it: its temporary folder is the node's own.
+
+        Again where it fails: Ray 2.60's raylet dies when its agents have not told their ports within 15 s, which on a machine
+        that is full their imports alone take.
+        """
         command = [
             str(BIN / "ray"), "start", *words, f"--node-ip-address={node.ip}", f"--num-cpus={node.cpus}", "--num-gpus=0",
             f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={self.folder / 'ray' / node.namespace}",
             "--disable-usage-stats",
         ]  # fmt: skip
-        return self.start(node, command, node.namespace)
+        for left in reversed(range(START_TRIES)):
+            started = self.start(node, command, node.namespace)
+            if started.process.wait(START_S) == 0:
+                return
+            assert left, started.log.read_text()[-3000:]
+            self.kill(node)
 
     def start_mlflow(self) -> None:
         """An MLflow server that asks for a password and hands artifacts through."""
@@ -236,9 +248,25 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def announce_loss(self, node: Node, in_s: int) -> None:
+        """Ray's preemption notice: this node will be taken away in so many seconds. The taking is left to `kill`."""
+        command = [
+            str(BIN / "ray"), "drain-node", f"--address={self.head.ip}:6379", f"--node-id={self.node_id(node)}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={in_s}",
+        ]  # fmt: skip
+        self.start(self.head, command, "drain").wait_well()
+
+    def node_id(self, node: Node) -> str:
+        """Ray's hexadecimal id of the node that is alive at its address."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        answer = requests.get(f"{self.address}/nodes?view=summary", headers=headers, timeout=60)
+        raylets = [one["raylet"] for one in answer.json()["data"]["summary"] if one["ip"] == node.ip]
+        (found,) = [raylet["nodeId"] for raylet in raylets if raylet.get("state") == "ALIVE"]
+        return str(found)
+
     def join(self, node: Node) -> None:
         """Starts Ray on a node whose power had failed, and waits until the head counts it."""
-        self.start_node(node, f"--address={self.head.ip}:6379").wait_well()
+        self.start_node(node, f"--address={self.head.ip}:6379")
         wait_for(lambda: not self.problems(), START_S, lambda: f"{self.prefix}: {'; '.join(self.problems())}")
 
     def restart_ray(self) -> None:

@@ -1,6 +1,9 @@
 import http.server
 import os
 import socket
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -10,7 +13,7 @@ import mlflow
 import pytest
 from mlflow_server import free_port
 
-from deploy.tracking_address import artifact_location, check_tracking, resolve_tracking, using_tracking
+from deploy.tracking_address import artifact_location, check_sqlite, check_tracking, resolve_tracking, using_tracking
 from vggcore.errors import TrackingError
 
 
@@ -160,3 +163,23 @@ def test_the_process_wide_address_is_put_back(tmp_path, monkeypatch):
     assert (inner, between) == (f"sqlite:///{tmp_path}/b.db", f"sqlite:///{tmp_path}/a.db")
     assert not mlflow.tracking.is_tracking_uri_set()
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_a_database_whose_writer_was_killed_is_rolled_back_and_used(tmp_path):
+    path = tmp_path / "mlflow.db"
+    killed = (
+        "import os, sqlite3, sys\n"
+        "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "connection.execute('CREATE TABLE runs (name TEXT)')\n"
+        "connection.execute('PRAGMA cache_size = 1')\n"
+        "connection.execute('BEGIN')\n"
+        "connection.executemany('INSERT INTO runs VALUES (?)', [('x' * 1000,)] * 1000)\n"
+        "os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", killed, path])
+    assert path.with_name("mlflow.db-journal").stat().st_size > 0
+
+    check_sqlite(path)
+
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT count(*) FROM runs").fetchall() == [(0,)]
