@@ -13,7 +13,7 @@ story: $(READY) ## a week of retraining in minutes: seven days by real commands 
 	$(BIN)/python -m deploy.story story
 
 test: $(READY)  ## all tests but those that take long or need more than this machine
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not cluster"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not cluster"
 
 test-cluster: $(READY)   ## the rest: kill campaigns, and three Ray nodes in network namespaces (root)
 	$(BIN)/python -m pytest -m "slow or cluster" --timeout 1800
