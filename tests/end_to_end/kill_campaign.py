@@ -105,8 +105,9 @@ class Typist:
         if self.running.process.poll() is None:
             return False
         if self.running.process.returncode == 2:
-            gave_up = self.deaths > MAX_FAILURES and f"its workers died more than {MAX_FAILURES} times" in self.running.output()
-            too_busy = "Ray's processes did not start on this machine" in self.running.output()
+            said = self.running.output()
+            gave_up = self.deaths > MAX_FAILURES and f"its workers died or hung more than {MAX_FAILURES} times" in said
+            too_busy = "Ray's processes did not start on this machine" in said
             if gave_up or too_busy:
                 self.run.gave_up += gave_up
                 self.run.too_busy += too_busy

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from tests.end_to_end.test_resume import mlflow_points, run_statuses, stage_folder, weights
 
 METRICS = ("train_loss", "epoch", "val_loss", "val_top1_accuracy", "learning_rate")
-CLOCKS = ("seconds", "checkpoint_seconds")
+CLOCKS = ("seconds", "val_seconds", "checkpoint_seconds")
 
 
 def outcome(store: Path) -> dict[str, Any]:
