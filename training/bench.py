@@ -5,14 +5,11 @@ plain PyTorch loop on the same pictures, torchvision's loader, no Ray; (iv) our 
 the other, in turns, so that all see the same machine.
 """
 
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.cache import cache_folder, make_cache, open_cache
 from pipelines.manifest import Manifest, Pictures
+from training.bench_subject import Subject, subject
 from training.learner import Learner, set_up_torch
 from training.optimise import Sgd, make_optimizer
 from training.stage_job import StageJob
@@ -39,20 +37,12 @@ from vggcore.schedule import Stage
 
 MATRIX = {"cpu": 2048, "cuda": 8192}    # side of the matrices of (i): far above the caches, as large layers are
 BACKWARD = 3                     # multiplications of forward and backward together, in those of forward
-LIBRARIES = ("torch", "nvidia-dali-cuda130", "ray", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)
-class Speeds:
+class Speeds(Subject):
     """Medians over the turns; images/s but for `limit`, which is multiplications and additions a second."""
 
-    stage: str
-    net: str
-    crop: int
-    batch: int
-    precision: str
-    threads: int
-    device: str
     operations_per_image: float      # multiplications and additions of forward and backward
     limit: float                     # (i)
     bare: float                      # (ii)
@@ -63,8 +53,6 @@ class Speeds:
     val_pictures: int
     validation_first: float          # images/s of the first validation, read from the decoded cache
     validation_later: float          # and of the later ones, whose views are in memory where they are few enough
-    machine: str
-    versions: dict[str, str]
 
     @property
     def bare_share(self) -> float:
@@ -117,13 +105,7 @@ def measure(
                 figures.setdefault(name, []).append(speed)
     medians = {name: statistics.median(values) for name, values in figures.items()}
     return Speeds(
-        stage=stage.name,
-        net=stage.net,
-        crop=stage.crop,
-        batch=stage.global_batch,
-        precision=stage.precision,
-        threads=threads,
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        **vars(subject(stage, threads=threads, device=device)),
         operations_per_image=operations(stage, len(manifest.classes)),
         limit=medians["limit"],
         bare=medians["bare"],
@@ -134,8 +116,6 @@ def measure(
         val_pictures=len(manifest.split("val")),
         validation_first=medians["first"],
         validation_later=medians["later"],
-        machine=machine(),
-        versions=versions(),
     )
 
 
@@ -355,45 +335,12 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def installed(name: str) -> bool:
-    """Whether a library is here."""
-    try:
-        version(name)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that make the figures."""
-    return {name: version(name) for name in LIBRARIES if installed(name)}
-
-
-def processor_lines(name: str) -> list[str]:
-    """What /proc/cpuinfo says under a name, core by core; empty where there is no such file."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)]
-
-
-def processor_flags() -> set[str]:
-    """What the processor can do, in Linux's words."""
-    return set(" ".join(processor_lines("flags")[:1] + processor_lines("Features")[:1]).split())
-
-
-def machine() -> str:
-    """Processor, cores, Python."""
-    names = processor_lines("model name")
-    cores = len(os.sched_getaffinity(0))
-    return f"{names[0] if names else platform.processor()}, {cores} cores, Python {platform.python_version()}"
-
-
 def speeds_text(found: Speeds) -> str:
     """For a person: the four figures and their ratios."""
     told = found.to_json()
     plain = "-" if found.plain is None else f"{found.plain:,.1f}"
     lines = [
-        f"stage {found.stage}: net {found.net}, crop {found.crop}, batch {found.batch}, {found.precision},"
-        f" {found.threads} threads on {found.device}",
+        found.first_line(),
         f"(i)   matrix multiplication   {found.limit / 1e9:,.1f} GFLOP/s",
         f"(ii)  bare training           {found.bare:,.1f} images/s   {told['bare_of_limit']:.2f} of (i)",
         f"(iii) plain PyTorch loop      {plain} images/s",
@@ -404,6 +351,6 @@ def speeds_text(found: Speeds) -> str:
         f"validation                  {told['validation_first_of_epoch']:.1%} of an epoch the first time,"
         f" {told['validation_later_of_epoch']:.1%} later"
         f" ({found.val_pictures} pictures beside {found.train_pictures} trained, from the cache)",
-        f"{found.machine}; " + ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+        found.last_line(),
     ]
     return "\n".join(lines)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipelines.manifest import Manifest
-from training.bench import BACKWARD, bare_loop, machine, made_net, matmul_limit, versions, wait_for
+from training.bench import BACKWARD, bare_loop, made_net, matmul_limit, wait_for
+from training.bench_subject import Subject, subject
 from training.learner import set_up_torch
 from training.stage_job import StageJob
 from vggcore.nets import LayerRow, Vgg, layer_table
@@ -40,21 +41,12 @@ class LayerTime:
 
 
 @dataclass(frozen=True)
-class LayerTimes:
+class LayerTimes(Subject):
     """All layers and what comes after them, in order; `iteration` and `limit` as training/bench.py measures them."""
 
-    stage: str
-    net: str
-    crop: int
-    batch: int
-    precision: str
-    threads: int
-    device: str
     limit: float                   # multiplications and additions a second
     iteration: float               # seconds of a whole iteration, the least
     layers: tuple[LayerTime, ...]
-    machine: str
-    versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -98,18 +90,10 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
         parameter.grad = torch.zeros_like(parameter)
     found += [part("loss", loss), part("update", least(lambda: optimizer.step, seconds / len(rows), job.device))]
     return LayerTimes(
-        stage=stage.name,
-        net=stage.net,
-        crop=stage.crop,
-        batch=batch,
-        precision=stage.precision,
-        threads=job.threads,
-        device=torch.cuda.get_device_name() if job.device == "cuda" else "cpu",
+        **vars(subject(stage, threads=job.threads, device=job.device)) | {"batch": batch},
         limit=limit,
         iteration=iteration,
         layers=tuple(found),
-        machine=machine(),
-        versions=versions(),
     )
 
 
@@ -179,8 +163,7 @@ def layers_text(found: LayerTimes) -> str:
     """For a person: a line a layer, the sums by kind, and the sum beside a whole iteration."""
     total = sum(layer.seconds for layer in found.layers)
     lines = [
-        f"stage {found.stage}: net {found.net}, crop {found.crop}, batch {found.batch}, {found.precision},"
-        f" {found.threads} threads on {found.device}; matrix multiplication {found.limit / 1e9:,.1f} GFLOP/s",
+        f"{found.first_line()}; matrix multiplication {found.limit / 1e9:,.1f} GFLOP/s",
         f"{'layer':<16}{'kind':<12}{'output':<16}{'forward ms':>11}{'backward ms':>12}{'share':>8}{'of (i)':>8}",
     ]
     for layer in found.layers:
@@ -193,5 +176,5 @@ def layers_text(found: LayerTimes) -> str:
         )
     lines.append("; ".join(f"{name} {seconds / total:.1%}" for name, seconds in found.by_kind().items()))
     lines.append(f"sum {total * 1e3:,.2f} ms, a whole iteration {found.iteration * 1e3:,.2f} ms")
-    lines.append(f"{found.machine}; " + ", ".join(f"{name} {number}" for name, number in found.versions.items()))
+    lines.append(found.last_line())
     return "\n".join(lines)

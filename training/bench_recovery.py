@@ -12,13 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from training.bench import LIBRARIES, installed, machine
+from training.bench_subject import Subject, subject
 from training.history import parse_rows, read_history
 from training.processes import Command, environment_without
 from training.ray_start import QUIET_AND_QUICK
@@ -39,20 +38,13 @@ NAMES = {OURS: "vggrow train", DEFAULTS: "bare Ray Train", QUICK: "the same, our
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(Subject):
     """Seconds by contender and measure, one a turn; `repeated` the iterations made a second time after a killed worker."""
 
-    stage: str
-    net: str
-    crop: int
-    batch: int
     workers: int
-    threads: int
     turns: int
     seconds: dict[str, dict[str, list[float]]]
     repeated: dict[str, list[int]]
-    machine: str
-    versions: dict[str, str]
 
     def median(self, contender: str, measure: str) -> float | None:
         """Seconds; None where it is no measure of this contender: bare Ray Train has no store."""
@@ -152,17 +144,11 @@ def measure(
                     contender.kill()
                 shutil.rmtree(root)
     return Recovery(
-        stage=stage.name,
-        net=stage.net,
-        crop=stage.crop,
-        batch=stage.global_batch,
+        **vars(subject(stage, threads=threads, device="cpu")),
         workers=workers,
-        threads=threads,
         turns=turns,
         seconds=seconds,
         repeated=repeated,
-        machine=machine(),
-        versions={name: version(name) for name in LIBRARIES if installed(name)},
     )
 
 
@@ -269,8 +255,8 @@ def first_new_step(contender: Contender, before: int) -> tuple[float, int]:
 def recovery_text(found: Recovery) -> str:
     """For a person: medians, and ours as a multiple of bare Ray Train's."""
     lines = [
-        f"stage {found.stage}: net {found.net}, crop {found.crop}, batch {found.batch}, {found.workers} workers of"
-        f" {found.threads} threads; medians of {found.turns} turns, in seconds; in brackets: vggrow / that one",
+        f"{found.first_line()}, {found.workers} workers; medians of {found.turns} turns, in seconds; in brackets: vggrow /"
+        " that one",
         f"{'':50}" + "".join(f"{name:>26}" for name in NAMES.values()),
     ]
     for what, words in MEASURES.items():
@@ -282,5 +268,5 @@ def recovery_text(found: Recovery) -> str:
         lines.append(f"{words:50}" + "".join(f"{cell:>26}" for cell in cells))
     again = [f"{statistics.median(found.repeated[name]):.0f} {'':6}" for name in NAMES]
     lines.append(f"{'iterations made again after the worker':50}" + "".join(f"{cell:>26}" for cell in again))
-    lines.append(f"{found.machine}; " + ", ".join(f"{name} {number}" for name, number in found.versions.items()))
+    lines.append(found.last_line())
     return "\n".join(lines)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from pipelines.manifest import Manifest
-from training.bench import bare_loop, machine, processor_flags, rate, versions
+from training.bench import bare_loop, rate
+from training.bench_subject import Subject, processor_flags, subject
 from training.learner import set_up_torch
 from training.memory import keep_memory
 from training.optimise import Sgd
@@ -54,18 +55,10 @@ class ChoiceSpeed:
 
 
 @dataclass(frozen=True)
-class SettingSpeeds:
+class SettingSpeeds(Subject):
     """All choices, the recipe's own first."""
 
-    stage: str
-    net: str
-    crop: int
-    batch: int
-    threads: int
-    device: str
     choices: tuple[ChoiceSpeed, ...]
-    machine: str
-    versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with each choice's median ratio."""
@@ -128,12 +121,7 @@ def measure_settings(job: StageJob, manifest: Manifest, *, seconds: float, turns
     set_up_torch(job)
     own = speeds[choices[0].name]
     return SettingSpeeds(
-        stage=job.stage.name,
-        net=job.stage.net,
-        crop=job.stage.crop,
-        batch=job.stage.global_batch,
-        threads=job.threads,
-        device=torch.cuda.get_device_name() if job.device == "cuda" else "cpu",
+        **vars(subject(job.stage, threads=job.threads, device=job.device)),
         choices=tuple(
             ChoiceSpeed(
                 name=choice.name,
@@ -145,8 +133,6 @@ def measure_settings(job: StageJob, manifest: Manifest, *, seconds: float, turns
             )
             for choice in choices
         ),
-        machine=machine(),
-        versions=versions(),
     )
 
 
@@ -180,8 +166,7 @@ def compile_cost(job: StageJob, choice: Choice, manifest: Manifest, steps: Itera
 def settings_text(found: SettingSpeeds) -> str:
     """For a person: a line a choice, with its ratio and the least and most of the turns."""
     lines = [
-        f"stage {found.stage}: net {found.net}, crop {found.crop}, batch {found.batch}, {found.threads} threads on"
-        f" {found.device}; bare forward, backward, update",
+        f"{found.first_line()}; bare forward, backward, update",
     ]
     for choice in found.choices:
         low, high = min(choice.of_default), max(choice.of_default)
@@ -189,5 +174,5 @@ def settings_text(found: SettingSpeeds) -> str:
         if choice.compile_seconds is not None:
             line += f"  compiled in {choice.compile_seconds:.1f} s, {choice.graphs} graphs"
         lines.append(line + (f"  {choice.note}" if choice.note else ""))
-    lines.append(f"{found.machine}; " + ", ".join(f"{name} {number}" for name, number in found.versions.items()))
+    lines.append(found.last_line())
     return "\n".join(lines)

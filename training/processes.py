@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,14 +36,7 @@ class Command:
 
     def workers(self) -> list[psutil.Process]:
         """Ray Train's worker processes below it, oldest first."""
-        found = []
-        for process in self.family():
-            try:
-                if any("RayTrainWorker" in word for word in process.cmdline()):
-                    found.append(process)
-            except psutil.Error:          # gone meanwhile
-                continue
-        return sorted(found, key=lambda process: process.pid)
+        return sorted(ray_workers(self.family()), key=lambda process: process.pid)
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, limit_s: float) -> float:
         """time.monotonic() when the condition first held. Raises TrainingError when the command ends, or takes too long."""
@@ -76,3 +69,15 @@ class Command:
 def environment_without(*names: str) -> dict[str, str]:
     """This process's environment but for some variables."""
     return {name: value for name, value in os.environ.items() if name not in names}
+
+
+def ray_workers(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that are Ray Train's workers; one that has gone meanwhile is none."""
+    found = []
+    for process in processes:
+        try:
+            if any("RayTrainWorker" in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

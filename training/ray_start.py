@@ -42,13 +42,13 @@ def start_ray(store: Store, *, address: str | None, cpus: int, stall_s: float, e
     """
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS")
-    here = address is None or address == "local"
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    here = address == "local"
     wanted = QUIET_AND_QUICK | ({} if here else ON_A_CLUSTER) | (ELASTIC if elastic else {})
     wanted["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{stall_s:g}"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
-    if address is None or address == "local":
+    if here:
         keep_token(store.root / "ray_auth_token")
         start_here(cpus)
         return

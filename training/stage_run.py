@@ -15,7 +15,6 @@ import ray.train
 import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 import vggcore.errors
 from pipelines.manifest import Manifest
@@ -289,9 +288,14 @@ def only_deaths(error: BaseException) -> bool:
 
 
 def is_death(failure: BaseException) -> bool:
-    """Whether a worker died, hung, or was left alone by one that did; Ray 2.60 has no public names for the first two."""
+    """Whether a worker died, hung, or was left alone by one that did.
+
+    Ray 2.60 has no public names for the errors of its health check, and where it keeps them is its own affair.
+    """
     cause = getattr(failure, "health_check_failure", failure)
-    if isinstance(cause, (ray.exceptions.RayActorError, WorkerHealthCheckTimeoutError, torch.distributed.DistError)):
+    if isinstance(cause, (ray.exceptions.RayActorError, torch.distributed.DistError)):
+        return True
+    if type(cause).__name__ == "WorkerHealthCheckTimeoutError":
         return True
     return isinstance(cause, RuntimeError) and any(words in str(cause) for words in LEFT_ALONE)
 

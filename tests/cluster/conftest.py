@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,11 @@ from tests.end_to_end.conftest import RECIPE
 from tests.pipelines.photo_folders import make_photo_folder
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A head, two nodes with one CPU each, an MLflow server."""
+@contextmanager
+def borrowed(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, up; ended afterwards unless it was up before. Skips the tests where nobody may make one."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
-    cluster = Cluster(os.environ.get("VGGROW_CLUSTER", "vgc"))
     was_up = cluster.problems() == []
     try:
         cluster.up()
@@ -25,6 +25,13 @@ def cluster() -> Iterator[Cluster]:
     finally:
         if not was_up:
             cluster.down()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A head, two nodes with one CPU each, an MLflow server."""
+    with borrowed(Cluster(os.environ.get("VGGROW_CLUSTER", "vgc"))) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

@@ -11,24 +11,23 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.cluster.cluster import Cluster, Node, processes
+from tests.cluster.conftest import borrowed
 from tests.cluster.test_jobs import LONG, Client, iterations_of, world_sizes
 from tests.end_to_end.command import SIGINT, Running, vggrow, wait_until
 from tests.end_to_end.conftest import RECIPE
 from tests.end_to_end.test_resume import iterations, stage_folder
+from tests.end_to_end.trained import CHILD
 from tests.pipelines.photo_folders import make_photo_folder
 from training.picture_log import pictures_that_count
+from training.processes import ray_workers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 WAIT_S = 900.0         # for what takes a minute on two idle cores
 EPOCHS = 12            # of stage A
 BATCHES = 7            # 60 pictures in batches of 9
-LATER = """
-[[stage]]
-name = "B-36"
-net = "B"
-scale = 36
-init_from = "A-36"
+LATER = f"""
+{CHILD}
 [[stage]]
 name = "D-36"
 net = "D"
@@ -47,16 +46,8 @@ stages = ["D-36-44"]
 @pytest.fixture(scope="module")
 def spread() -> Iterator[Cluster]:
     """A head and two nodes, a CPU for a worker on each of the three."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
-    spread = Cluster(os.environ.get("VGGROW_CLUSTER", "vgc") + "t", "10.213.79", head_cpus=1)
-    was_up = spread.problems() == []
-    try:
-        spread.up()
+    with borrowed(Cluster(os.environ.get("VGGROW_CLUSTER", "vgc") + "t", "10.213.79", head_cpus=1)) as spread:
         yield spread
-    finally:
-        if not was_up:
-            spread.down()
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +112,7 @@ def walked(folder: Path) -> list[int]:
 
 def workers_on(node: Node) -> list[psutil.Process]:
     """Ray Train's workers in a namespace."""
-    found = []
-    for pid in processes(node.namespace):
-        try:
-            process = psutil.Process(pid)
-            if any("RayTrainWorker" in word for word in process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    return ray_workers(psutil.Process(pid) for pid in processes(node.namespace) if psutil.pid_exists(pid))
 
 
 def test_a_schedule_on_three_nodes_ends_bit_by_bit_where_three_workers_of_one_machine_end(spread, write, one_machine, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from training.processes import ray_workers
+
 VGGROW = [sys.executable, "-m", "deploy"]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,14 +67,7 @@ class Running:
 
     def workers(self) -> list[psutil.Process]:
         """Ray Train's worker processes below this command."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if any("RayTrainWorker" in word for word in process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return ray_workers(psutil.Process(self.process.pid).children(recursive=True))
 
     def output(self) -> str:
         """What it has said so far."""
