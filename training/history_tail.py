@@ -6,6 +6,8 @@ from typing import Any
 
 from training.history import parse_rows
 
+LAST_BYTES = 2**16     # of a journal, where its last line is looked for
+
 
 class HistoryTail:
     """Reads a growing journal: each call gives the whole lines that are new.
@@ -34,3 +36,13 @@ class HistoryTail:
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
         return parse_rows(whole.decode().splitlines())
+
+
+def last_bytes(path: Path) -> bytes:
+    """The end of a file, which a killed writer may have left without its newline; nothing where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""

@@ -12,6 +12,8 @@ from typing import TextIO
 
 import numpy as np
 
+from training.history import parse_rows
+from training.history_tail import last_bytes
 from vggcore.errors import StoreError
 
 
@@ -23,7 +25,9 @@ class PictureLog:
         self.start, self.path = start, stage_folder / "pictures" / f"rank-{rank}.jsonl"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = last_bytes(self.path)[-1:] in (b"\n", b"")
             self.file: TextIO = self.path.open("a", encoding="utf-8", buffering=1)
+            self.file.write("" if whole else "\n")          # a kill or a full disk left a part of a line
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be written ({error.strerror}); leave --log-pictures out") from error
 
@@ -47,10 +51,7 @@ def pictures_that_count(stage_folder: Path) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     found: dict[tuple[int, int], list[int]] = {}
     for path in sorted((stage_folder / "pictures").glob("rank-*.jsonl"), key=rank_of):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.endswith("}"):       # cut short by a kill
-                continue
-            row = json.loads(line)
+        for row in parse_rows(path.read_text(encoding="utf-8").splitlines()):
             last[row["iteration"]] = max(last.get(row["iteration"], 0), row["start"])
             found.setdefault((row["start"], row["iteration"]), []).extend(row["pictures"])
     return {iteration: found[start, iteration] for iteration, start in sorted(last.items())}

@@ -25,7 +25,7 @@ import psutil
 import ray.train
 
 from training.history import parse_rows
-from training.history_tail import HistoryTail
+from training.history_tail import HistoryTail, last_bytes
 from training.stage_job import StageJob, Superseded
 from training.team import Team
 from vggcore.errors import TrackingError
@@ -33,7 +33,6 @@ from vggcore.errors import TrackingError
 logger = logging.getLogger(__name__)
 
 EVERY_S = 10.0             # MLflow's own default
-LAST_BYTES = 2**16         # of a journal, where its last line is looked for
 Sample = tuple[str, float, int, int]     # MLflow's name, value, milliseconds since 1970, step
 
 
@@ -176,16 +175,6 @@ def next_step(stage_folder: Path) -> int:
         rows = parse_rows(last_bytes(path).decode(errors="replace").splitlines())
         last = max([last, *(row["step"] for row in rows)])
     return last + 1
-
-
-def last_bytes(path: Path) -> bytes:
-    """The end of a file, which a killed writer may have left without its newline; nothing where there is no file."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LAST_BYTES))
-            return file.read()
-    except FileNotFoundError:
-        return b""
 
 
 class SystemTail:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,12 +173,14 @@ def test_a_node_that_ray_says_will_go_leaves_a_checkpoint_and_each_picture_is_se
     follower = client.submitting("--workers", "1:3", "--log-pictures", "--follow", log=tmp_path / "log")
     wait_until(lambda: iterations_of(client) >= 10 and world_sizes(client) == [3], timeout_s=WAIT_S)
     folder = stage_folder(client.store)
-    spread.announce_loss(lost, in_s=30)
+    announcing = threading.Thread(target=spread.announce_loss, args=(lost,), kwargs={"in_s": 30})     # a slow command
+    announcing.start()
+    wait_until(lambda: (folder / "preemptions.jsonl").exists(), timeout_s=WAIT_S)
     told = time.monotonic()
-    wait_until(lambda: (folder / "preemptions.jsonl").exists(), timeout_s=60)
     (notice,) = map(json.loads, (folder / "preemptions.jsonl").read_text().splitlines())
     wait_until(lambda: max(client.checkpoints(), default=0) >= notice["iteration"], timeout_s=60)
     kept_s = time.monotonic() - told
+    announcing.join()
     state = vggrow("status", client.store, "--json", timeout_s=WAIT_S)
     wait_until(lambda: time.monotonic() - told > 30, timeout_s=60)
     spread.kill(lost)

@@ -20,7 +20,7 @@ from training.checkpoint import iterations_on_disk
 from training.history import read_history
 from training.listener import Listener
 from training.parents import is_done
-from training.picture_log import pictures_that_count
+from training.picture_log import PictureLog, pictures_that_count
 from training.run import train_schedule
 from training.stage_job import StageJob, Superseded, prove_same_world
 from training.stop_switch import Interrupted
@@ -277,9 +277,12 @@ def test_the_picture_log_has_every_picture_once_an_epoch_and_counts_what_was_tra
     train_schedule(stages, keys, manifest, Where(store, log_pictures=True), Listener())
     with (folder / "pictures" / "rank-0.jsonl").open("a") as file:
         file.write('{"start": 3, "iteration": 1, "pict')     # cut short by a kill
+    third = PictureLog(folder, rank=0, start=3)
+    third.add(8, np.array([5, 6, 7]))                        # a start after it is not glued to what was cut
+    third.close()
 
-    assert pictures_that_count(folder) == first
-    assert len(first) == 8 and len((folder / "pictures" / "rank-0.jsonl").read_text().splitlines()) == 17
+    assert pictures_that_count(folder) == first | {8: [5, 6, 7]}
+    assert len(first) == 8 and len((folder / "pictures" / "rank-0.jsonl").read_text().splitlines()) == 18
     for epoch in (0, 1):
         seen = [picture for iteration in range(4 * epoch + 1, 4 * epoch + 5) for picture in first[iteration]]
         assert sorted(seen) == list(range(24))
