@@ -63,21 +63,23 @@ def bench_train(
         vggrow bench train training/recipes/elpv.toml --settings
         vggrow bench train paper.toml --stage D-256 --batch 4 --layers
     """
+    from vggcore.errors import RecipeError
+    from vggcore.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    stage = named_stage(loaded, name, recipe)
+    if settings and layers:
+        raise RecipeError("--settings --layers: each is a measurement of its own; ask for one")
+    if batch is not None:
+        stage = stage.model_copy(update={"global_batch": batch})
     from deploy.scans import scan_data
     from training.bench import bench_job, measure, speeds_text
     from training.bench_layers import layers_text, measure_layers
     from training.bench_settings import measure_settings, settings_text
     from training.store import open_store
     from training.where import Where, check_where, cores
-    from vggcore.errors import RecipeError
-    from vggcore.recipe import load_recipe
 
-    loaded, opened = load_recipe(recipe), open_store(store)
-    stage = named_stage(loaded, name, recipe)
-    if settings and layers:
-        raise RecipeError("--settings --layers: each is a measurement of its own; ask for one")
-    if batch is not None:
-        stage = stage.model_copy(update={"global_batch": batch})
+    opened = open_store(store)
     check_where(Where(store=opened, device=device), [stage])
     manifest = scan_data(loaded.data, opened, threads=cores())
     job = bench_job(stage, manifest, opened.root, threads=threads or cores(), device=device)

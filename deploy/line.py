@@ -28,6 +28,7 @@ from training.run import train_schedule
 from training.stage_job import view_rule
 from training.stop_switch import Interrupted
 from training.store import Store, hold, read_json
+from training.system_metrics import sampling_interval_s
 from training.track import Tracker, open_tracker
 from training.where import Where, check_where, cores
 from vggcore.errors import TrackingError
@@ -83,6 +84,7 @@ def run_line(
         require_scikit()
     uri = resolve_tracking(tracking, store.root)
     check_tracking(uri)
+    sampling_interval_s()      # read where a stage begins; what is wrong with it is said here
     manifest = scan_data(recipe.data, store, threads=cores())
     check_stored_parents(stages, store, manifest.classes)
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)

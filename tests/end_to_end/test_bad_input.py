@@ -368,3 +368,13 @@ def test_a_picture_that_breaks_while_a_run_reads_it_is_named_and_the_same_comman
     assert again.returncode == 0, again.stderr
     assert run_statuses(store) == {"A-36": "FINISHED", "photos": "FINISHED"}
     assert iterations(store) == 20 * 7
+
+
+def test_a_pace_of_system_metrics_that_is_no_number_is_named_before_a_run_is_recorded(make_recipe, tmp_path):
+    store = tmp_path / "store"
+
+    done = vggrow("train", make_recipe(), "--store", store, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="often")
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL=often: not a number")
+    assert not (store / "stages").exists() and not (store / "mlflow.db").exists()

@@ -81,12 +81,14 @@ def test_two_measurements_at_once_are_refused(make_recipe, tmp_path):
     done = vggrow("bench", "train", make_recipe(), "--settings", "--layers", "--store", tmp_path / "store")
 
     assert done.returncode == 2 and "--settings --layers: each is a measurement of its own" in done.stderr
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_stage_that_is_not_there_is_named(make_recipe, tmp_path):
     done = vggrow("bench", "train", make_recipe(), "--stage", "A-63", "--store", tmp_path / "store")
 
     assert done.returncode == 2 and "--stage A-63: no such stage" in done.stderr and "did you mean 'A-36'?" in done.stderr
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.slow
