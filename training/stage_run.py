@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 import ray.train
 import torch.distributed
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import vggcore.errors
@@ -231,11 +231,13 @@ class FitThread(threading.Thread):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Runs the stage to its end; begins anew when workers died too often for Ray Train, but got on in between.
+        """Runs the stage to its end; begins anew where Ray Train gives up after deaths and MAX_FAILURES is not passed.
 
-        A problem that the workers return is kept as if it had been raised.
+        Ray Train counts deaths over its whole run, ours are those without a new checkpoint; and it begins no second time
+        when a worker dies while the others are still being started (seen in a kill campaign). A problem that the workers
+        return is kept as if it had been raised.
         """
-        attempt = 0
+        attempt = deaths = 0
         while True:
             reached, attempt = self.reached(), attempt + 1
             try:
@@ -243,11 +245,13 @@ class FitThread(threading.Thread):
                 return
             except BaseException as error:
                 stopped = stop_requested(self.where.store, self.job.lock, self.job.fence)
-                if stopped or not only_deaths(error) or self.reached() <= reached:
+                counted = 1 if isinstance(error, ControllerError) else MAX_FAILURES + 1       # that Ray Train gave up after
+                deaths = 0 if self.reached() > reached else deaths + counted
+                if stopped or not only_deaths(error) or deaths > MAX_FAILURES:
                     self.error = error
                     return
                 log = stage_logger(self.job.key, CONDUCTOR)
-                log.warning("the workers died too often for Ray Train, which begins anew: %s", error, exc_info=error)
+                log.warning("Ray Train gave up after deaths of workers, and begins anew: %s", error, exc_info=error)
 
     def reached(self) -> int:
         """The newest checkpoint's iteration, -1 before the first."""
@@ -277,7 +281,9 @@ class FitThread(threading.Thread):
 
 
 def worker_failures(error: BaseException) -> list[BaseException]:
-    """What Ray Train says of each worker that failed; none where it is no error of workers."""
+    """What Ray Train says of each worker that failed, or of what failed while they were started; none for other errors."""
+    if isinstance(error, ControllerError):
+        return [error.controller_failure]
     return list((getattr(error, "worker_failures", None) or {}).values())
 
 

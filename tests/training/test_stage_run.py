@@ -2,7 +2,7 @@
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from training.stage_run import only_deaths
@@ -22,6 +22,11 @@ FAILURES = [
     ({},                                                                                                        False),
 ]
 # fmt: on
+
+
+def test_a_worker_that_dies_while_the_others_are_started_is_a_death_and_no_error_of_rays_controller():
+    assert only_deaths(ControllerError(RayActorError()))
+    assert not only_deaths(ControllerError(ValueError("no such resource")))
 
 
 @pytest.mark.parametrize(("failures", "deaths"), FAILURES)
