@@ -65,6 +65,7 @@ def start_here(cpus: int) -> None:
         ray.init(
             address="local",
             num_cpus=cpus,
+            include_dashboard=False,        # its processes would take cores from training; a cluster has one
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -1,43 +1,29 @@
-"""One stage on Ray Train, from taking its lock to its end, however it ends.
-
-`fit()` runs in a thread, since Ray Train takes SIGINT for itself in the main thread and leaves no checkpoint behind.
-"""
+"""One stage on Ray Train, from taking its lock to its end, however it ends."""
 
 import logging
 import secrets
 import shutil
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import ray
-import ray.train
-import torch.distributed
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-
 import vggcore.errors
 from pipelines.manifest import Manifest
-from training.checkpoint import KEPT, iterations_on_disk
+from training.checkpoint import KEPT
+from training.fit import FitThread
 from training.history_tail import HistoryTail
 from training.listener import Listener
 from training.parents import is_done
 from training.stage_job import StageJob
-from training.stage_log import CONDUCTOR, FIT, conductor_hears, stage_log, stage_logger, versions
-from training.store import hold, read_json, request_stop, stop_requested
+from training.stage_log import CONDUCTOR, conductor_hears, stage_log, stage_logger, versions
+from training.store import hold, read_json, request_stop
 from training.system_metrics import sampling_interval_s
 from training.where import Where
-from training.worker import train_stage
 from training.worker_count import workers_text
-from vggcore.errors import ClusterError, StoreError, TrainingError, VggrowError
-from vggcore.nets import layer_table
+from vggcore.errors import StoreError, TrainingError, VggrowError
+from vggcore.nets import parameter_count
 from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
-
-MAX_FAILURES = 3          # how often a stage's workers may die without a new checkpoint before we give up
-LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")     # what gloo says of others
-RESIZE_S = 15.0           # how often a stage with a range of workers looks whether there is room for more
 
 
 class StageRun:
@@ -209,8 +195,8 @@ def prepare(
 
 def check_space(stage: Stage, classes: int, folder: Path) -> None:
     """StoreError unless the disk holds the checkpoints that stay and the one that is being written."""
-    rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
-    checkpoint = 8 * sum(row.parameters for row in rows)      # weights and momentum, float32
+    parameters = parameter_count(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    checkpoint = 8 * parameters      # weights and momentum, float32
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     wanted = (KEPT + 2) * checkpoint          # the newest, the best, and one that is being written
@@ -219,111 +205,3 @@ def check_space(stage: Stage, classes: int, folder: Path) -> None:
             f"{folder}: {free / 2**30:.1f} GiB free, but stage {stage.name!r} needs {wanted / 2**30:.1f} GiB for its"
             " checkpoints; free some, or name another folder by --store"
         )
-
-
-class FitThread(threading.Thread):
-    """Ray Train's fit() in a thread of its own; what it raises is kept."""
-
-    def __init__(self, job: StageJob, where: Where) -> None:
-        """Starts nothing yet."""
-        super().__init__(name=FIT + job.stage.name, daemon=True)
-        self.job, self.where = job, where
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        """Runs the stage to its end; begins anew where Ray Train gives up after deaths and MAX_FAILURES is not passed.
-
-        Ray Train counts deaths over its whole run, ours are those without a new checkpoint; and it begins no second time
-        when a worker dies while the others are still being started (seen in a kill campaign). A problem that the workers
-        return is kept as if it had been raised.
-        """
-        attempt = deaths = 0
-        while True:
-            reached, attempt = self.reached(), attempt + 1
-            try:
-                self.error = make_trainer(self.job, self.where, attempt).fit().return_value
-                return
-            except BaseException as error:
-                stopped = stop_requested(self.where.store, self.job.lock, self.job.fence)
-                counted = 1 if isinstance(error, ControllerError) else MAX_FAILURES + 1       # that Ray Train gave up after
-                deaths = 0 if self.reached() > reached else deaths + counted
-                if stopped or not only_deaths(error) or deaths > MAX_FAILURES:
-                    self.error = error
-                    return
-                log = stage_logger(self.job.key, CONDUCTOR)
-                log.warning("Ray Train gave up after deaths of workers, and begins anew: %s", error, exc_info=error)
-
-    def reached(self) -> int:
-        """The newest checkpoint's iteration, -1 before the first."""
-        return max(iterations_on_disk(self.where.store.stage(self.job.key)), default=-1)
-
-    def problem(self) -> BaseException | None:
-        """What fit() raised: what a worker says the user can mend, deaths of workers as TrainingError, else as it is."""
-        if self.error is None:
-            return None
-        if isinstance(self.error, VggrowError):
-            return self.error
-        for one in worker_failures(self.error):
-            if isinstance(one, VggrowError):
-                return one
-            if "Gloo connectFullMesh failed" in str(one):
-                return ClusterError(
-                    f"stage {self.job.stage.name!r}: the workers do not reach one another (Gloo connectFullMesh failed); set"
-                    " GLOO_SOCKET_IFNAME on every node to the card that the others see, such as eth0, where Ray is started"
-                )
-        if only_deaths(self.error):
-            return TrainingError(
-                f"stage {self.job.stage.name!r}: its workers died or hung more than {MAX_FAILURES} times without a new"
-                " checkpoint; look for what kills or holds them (memory? --stall-limit?), then start the same command again:"
-                " it goes on from the newest checkpoint"
-            )
-        return self.error
-
-
-def worker_failures(error: BaseException) -> list[BaseException]:
-    """What Ray Train says of each worker that failed, or of what failed while they were started; none for other errors."""
-    if isinstance(error, ControllerError):
-        return [error.controller_failure]
-    return list((getattr(error, "worker_failures", None) or {}).values())
-
-
-def only_deaths(error: BaseException) -> bool:
-    """Whether workers died or hung, and none of them raised an error of its own."""
-    failures = worker_failures(error)
-    return bool(failures) and all(is_death(one) for one in failures)
-
-
-def is_death(failure: BaseException) -> bool:
-    """Whether a worker died, hung, or was left alone by one that did.
-
-    Ray 2.60 has no public names for the errors of its health check, and where it keeps them is its own affair.
-    """
-    cause = getattr(failure, "health_check_failure", failure)
-    if isinstance(cause, (ray.exceptions.RayActorError, torch.distributed.DistError)):
-        return True
-    if type(cause).__name__ == "WorkerHealthCheckTimeoutError":
-        return True
-    return isinstance(cause, RuntimeError) and any(words in str(cause) for words in LEFT_ALONE)
-
-
-def make_trainer(job: StageJob, where: Where, attempt: int) -> TorchTrainer:
-    """The Ray Train run of one stage; attempt: of this command, counted from 1."""
-    gpu = where.device == "cuda"
-    logging.getLogger("ray.train").setLevel(logging.WARNING)      # local mode says at each stage that it is one
-    return TorchTrainer(
-        train_stage,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=max(1, round(where.stall_s))),
-        scaling_config=ScalingConfig(
-            num_workers=0 if where.in_this_process else where.workers,
-            elastic_resize_monitor_interval_s=RESIZE_S,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": where.threads, **({"GPU": 1} if gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=f"{job.key}-{job.fence}-{attempt}",
-            storage_path=str(where.store.scratch),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )

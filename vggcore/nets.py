@@ -232,6 +232,13 @@ class LayerRow:
     macs: int                  # multiply-adds of convs and FC layers; 0 for all others
 
 
+def parameter_count(net: NetName, *, classes: int, head: Head = "paper", width: float = 1.0, crop: int = 224) -> int:
+    """Weights and biases of build_net's net; allocates nothing, and loads none of what torch computes shapes with."""
+    with torch.device("meta"):
+        modules = net_modules(net, classes=classes, head=head, width=width, crop=crop, dropout=0.0)
+    return sum(parameter.numel() for parameter in modules.parameters())
+
+
 def layer_table(
     net: NetName, *, classes: int, head: Head = "paper", width: float = 1.0, crop: int = 224, dropout: float = 0.5
 ) -> list[LayerRow]:

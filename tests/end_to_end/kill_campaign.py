@@ -28,7 +28,7 @@ from tests.end_to_end.conftest import RECIPE
 from tests.end_to_end.outcome import outcome, rows_of
 from tests.end_to_end.test_resume import iterations, stage_folder
 from tests.pipelines.photo_folders import make_photo_folder
-from training.stage_run import MAX_FAILURES
+from training.fit import MAX_FAILURES
 
 KINDS = ("worker", "driver", "both")
 KILLS_A_RUN = MAX_FAILURES + 1      # the first run has so many of workers alone: all in training, they end a command

@@ -14,6 +14,7 @@ from vggcore.nets import (
     conv_names,
     layer_table,
     mix32,
+    parameter_count,
 )
 
 # PAPER: parameters and multiply-adds (in thousand millions) at 224 pixels and 1000 classes.
@@ -102,6 +103,7 @@ def test_the_layer_table_is_that_of_the_net_that_is_built(net, head):
 
     rows = layer_table(net, **settings)
 
+    assert parameter_count(net, **settings) == sum(row.parameters for row in rows)
     built = [name for name, module in modules.items() if list(module.parameters(recurse=False))]
     assert [row.name for row in rows if row.parameters] == built == [*conv_names(net).values(), *FC_NAMES[head]]
     for row in rows:

@@ -1,11 +1,12 @@
-"""What becomes of a stage whose workers fail: which failures are deaths, and what is said when there are too many."""
+"""Ray Train's run of a stage: which failures of its workers are deaths, and what is not started beside them."""
 
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-from training.stage_run import only_deaths
+from training.fit import UNUSED, UNUSED_HERE, StageTrainer, only_deaths
 
 CLOSED = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4242"
 WAITED = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation"
@@ -32,3 +33,15 @@ def test_a_worker_that_dies_while_the_others_are_started_is_a_death_and_no_error
 @pytest.mark.parametrize(("failures", "deaths"), FAILURES)
 def test_workers_that_die_or_hang_are_told_from_errors_of_our_own(failures, deaths):
     assert only_deaths(WorkerGroupError("training failed", failures)) is deaths
+
+
+@pytest.mark.parametrize("unused", [UNUSED, UNUSED_HERE])
+def test_a_stage_starts_all_that_ray_train_does_but_what_no_stage_uses(unused):
+    trainer = StageTrainer(print)
+    trainer.unused = unused
+
+    theirs = [type(one).__name__ for one in TorchTrainer._create_default_callbacks(trainer)]
+    ours = [type(one).__name__ for one in trainer._create_default_callbacks()]
+
+    assert ours == [name for name in theirs if name not in unused]
+    assert unused <= set(theirs), "Ray names them otherwise now"
