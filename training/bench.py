@@ -161,7 +161,7 @@ def matmul_limit(stage: Stage, device: str, seconds: float) -> float:
     return rate(multiply(), seconds) * 2.0 * side**3
 
 
-def made_net(job: StageJob, classes: int, sgd: Sgd = "foreach") -> tuple[Vgg, torch.optim.SGD]:
+def made_net(job: StageJob, classes: int, sgd: Sgd = "fused") -> tuple[Vgg, torch.optim.SGD]:
     """The stage's net with first weights in its memory format, and its optimiser."""
     stage = job.stage
     net = build_net(
@@ -197,7 +197,7 @@ def bare_loop(
     classes: int,
     batch: int,
     first: tuple[int, ...] = (),
-    sgd: Sgd = "foreach",
+    sgd: Sgd = "fused",
     set_to_none: bool = True,
 ) -> Iterator[int]:
     """(ii) on one batch in memory, an iteration a step: yields its pictures.

@@ -30,7 +30,7 @@ class Choice:
 
     name: str                        # what is not as the recipe, or our code, has it
     stage: Stage
-    sgd: Sgd = "foreach"             # how the update is computed
+    sgd: Sgd = "fused"               # how the update is computed
     set_to_none: bool = True         # gradients are let go after the update; False: zeroed in place
     keep_memory: bool = True         # training/memory.py
     cudnn_benchmark: bool = False    # cuDNN tries its algorithms first (GPU)
@@ -74,7 +74,7 @@ def choices_of(stage: Stage, device: str) -> list[Choice]:
         Choice("as in the recipe", plain),
         Choice(layout, plain.model_copy(update={"channels_last": not stage.channels_last})),
         Choice("compile", stage.model_copy(update={"compile": True})),
-        Choice("SGD fused", plain, sgd="fused"),
+        Choice("SGD foreach", plain, sgd="foreach"),
         Choice("SGD a loop over parameters", plain, sgd="loop"),
         Choice("gradients zeroed", plain, set_to_none=False),
         Choice("memory given back", plain, keep_memory=False),

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.loader import Batch
 from training.checkpoint import Checkpoint
 from training.memory import keep_memory
-from training.optimise import make_optimizer
+from training.optimise import check_layouts, load_momentum, make_optimizer
 from training.stage_job import StageJob
 from training.team import Team
 from vggcore.initialise import copy_from_parent, initialise_net
@@ -50,7 +50,8 @@ class Learner:
         self.net.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
         self.optimizer = make_optimizer(self.net.parameters(), stage)
         if checkpoint is not None:
-            self.optimizer.load_state_dict(checkpoint.optimizer_state())
+            load_momentum(self.optimizer, checkpoint.optimizer_state())
+        self.checked = False       # the layouts of what the optimiser walks over, at the first update
         self.model = self.parallel_model()
 
     def parallel_model(self) -> torch.nn.Module:
@@ -134,6 +135,9 @@ class Learner:
 
     def update(self) -> None:
         """One step of the optimiser, by the gradient that has come together."""
+        if not self.checked:
+            check_layouts(self.optimizer)
+            self.checked = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

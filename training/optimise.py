@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -50,8 +50,12 @@ def ended_by(plateau: Plateau, *, epochs: int, max_epochs: int) -> Literal["plat
     return "max_epochs" if epochs >= max_epochs else None
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: Sgd = "foreach") -> torch.optim.SGD:
-    """SGD with momentum and weight decay on every parameter, biases included (Sec. 3.1)."""
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: Sgd = "fused") -> torch.optim.SGD:
+    """SGD with momentum and weight decay on every parameter, biases included (Sec. 3.1).
+
+    sgd: "fused" is the fastest (docs/benchmarks/training.md). It walks weights, gradients and momentum as plain memory,
+    and moves the wrong weights without a word where they are laid out differently: load_momentum, check_layouts.
+    """
     return torch.optim.SGD(
         parameters,
         lr=stage.learning_rate,
@@ -60,6 +64,22 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: 
         foreach=sgd == "foreach",
         fused=True if sgd == "fused" else None,
     )
+
+
+def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Gives an optimiser the state of a checkpoint, momentum laid out in memory as its weights are now."""
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        if kept.get("momentum_buffer") is not None:
+            kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
+
+
+def check_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """AssertionError unless each gradient and momentum is laid out in memory as its weights are."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for other in (parameter.grad, optimizer.state[parameter].get("momentum_buffer")):
+                assert other is None or other.stride() == parameter.stride(), "a fused update would move the wrong weights"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

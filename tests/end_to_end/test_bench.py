@@ -51,7 +51,7 @@ def test_every_choice_of_speed_is_told_as_a_ratio_to_the_recipes_own_and_short_b
     found = json.loads(done.stdout)
     own, *others = found["choices"]
     assert own["name"] == "as in the recipe" and own["of_default"] == [1.0, 1.0]
-    assert {"contiguous (NCHW)", "compile", "SGD fused", "gradients zeroed", "memory given back", "bf16"} <= {
+    assert {"contiguous (NCHW)", "compile", "SGD foreach", "gradients zeroed", "memory given back", "bf16"} <= {
         choice["name"] for choice in others
     }
     assert all(choice["images_per_second"] > 0 and len(choice["of_default"]) == 2 for choice in others)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.plan import batches_per_epoch
-from training.optimise import Plateau, ended_by, make_optimizer
+from training.optimise import Plateau, check_layouts, ended_by, load_momentum, make_optimizer
 from vggcore.recipe import Train
 from vggcore.schedule import Stage
 
@@ -133,3 +133,34 @@ def test_the_three_ways_to_update_are_the_same_update_and_go_on_from_each_others
             optimizers[way].step()
 
     torch.testing.assert_close(weights[sgd], weights["foreach"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoints_momentum_is_laid_out_as_the_weights_are_now():
+    stage = Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    first, gradient = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def step(optimizer, weight):
+        weight.grad = torch.empty_like(weight).copy_(gradient)
+        check_layouts(optimizer)
+        optimizer.step()
+
+    plain = torch.nn.Parameter(first.clone())
+    ours = torch.nn.Parameter(first.contiguous(memory_format=torch.channels_last))
+    optimizers = [make_optimizer([plain], stage, "foreach"), make_optimizer([ours], stage)]
+    step(optimizers[0], plain)
+    ours.data.copy_(plain.data)
+    fused = optimizers[1].state_dict()["param_groups"]
+    load_momentum(optimizers[1], deepcopy(optimizers[0].state_dict()) | {"param_groups": fused})
+    for optimizer, weight in zip(optimizers, (plain, ours), strict=True):
+        step(optimizer, weight)
+
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_that_is_laid_out_otherwise_than_its_weights_is_not_walked_over():
+    weight = torch.nn.Parameter(torch.zeros(5, 4, 3, 3).contiguous(memory_format=torch.channels_last))
+    optimizer = make_optimizer([weight], Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
+    weight.grad = torch.zeros(5, 4, 3, 3)
+
+    with pytest.raises(AssertionError, match="the wrong weights"):
+        check_layouts(optimizer)
