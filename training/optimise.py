@@ -75,11 +75,16 @@ def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
 
 
 def check_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """AssertionError unless each gradient and momentum is laid out in memory as its weights are."""
+    """AssertionError unless each gradient and momentum lies in memory as its weights do."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for other in (parameter.grad, optimizer.state[parameter].get("momentum_buffer")):
-                assert other is None or other.stride() == parameter.stride(), "a fused update would move the wrong weights"
+                assert other is None or order(other) == order(parameter), "a fused update would move the wrong weights"
+
+
+def order(tensor: torch.Tensor) -> list[int]:
+    """The strides that say where elements lie; that of a dimension of one place says nothing (1x1 kernels, one channel)."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -164,3 +164,13 @@ def test_a_gradient_that_is_laid_out_otherwise_than_its_weights_is_not_walked_ov
 
     with pytest.raises(AssertionError, match="the wrong weights"):
         check_layouts(optimizer)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1, 1), (2, 1, 3, 3), (1, 1, 3, 3)])     # net C's third convs; nets of one channel
+def test_the_stride_of_a_dimension_of_one_place_says_nothing_of_where_weights_lie(shape):
+    weight = torch.nn.Parameter(torch.empty(shape, memory_format=torch.channels_last))
+    optimizer = make_optimizer([weight], Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
+    weight.grad = torch.zeros(shape)
+    assert weight.grad.stride() != weight.stride()
+
+    check_layouts(optimizer)
