@@ -175,9 +175,9 @@ def bare_contender(root: Path, stage: Stage, workers: int, threads: int, *, quic
 
 
 def clean_environment(root: Path) -> dict[str, str]:
-    """The caller's, without its stores, clusters and Ray settings; Ray's own files go below `root`."""
+    """The caller's, without its stores, clusters and Ray settings; Ray's files and all temporary ones go below `root`."""
     ours = ("VGGROW_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    return environment_without(*ours, *QUIET_AND_QUICK) | {"RAY_TMPDIR": str(root)}
+    return environment_without(*ours, *QUIET_AND_QUICK) | {"RAY_TMPDIR": str(root), "TMPDIR": str(root)}
 
 
 def recipe_text(recipe: Recipe, stage: Stage, number: int) -> str:

@@ -207,9 +207,10 @@ def write_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         left = iterations_on_disk(stage_folder)
         stands = f"that of iteration {left[-1]} stands" if left else "there is none yet"
+        reason = first_line(error.__cause__ or error)      # ours begins with the same path, which may be long
         raise StoreError(
-            f"{folder}: a checkpoint cannot be written ({first_line(error)}), {stands}; make room, or make the store writable,"
-            " and start the same command again"
+            f"{folder}: a checkpoint cannot be written ({reason}), {stands}; make room, or make the store writable, and start"
+            " the same command again"
         ) from error
     return folder
 

@@ -146,7 +146,7 @@ def test_a_writer_that_has_lost_the_stage_writes_nothing_and_says_so_at_the_next
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem: root alone may")
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_stands(tmp_path):
-    disk = tmp_path / "disk"
+    disk = tmp_path / ("disk" * 40)       # a long path leaves room for the reason
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
     try:
@@ -154,9 +154,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_stands(tmp_path)
         state = {"state": {0: {"momentum_buffer": torch.ones(2**18)}}, "param_groups": []}
         write_checkpoint(disk, replace(START, iteration=1), weights=weights, optimizer_state=state)
 
-        with pytest.raises(StoreError, match=r"iteration-2: a checkpoint cannot be written .*, that of iteration 1 stands"):
+        full = r"iteration-2: a checkpoint cannot be written .*, that of iteration 1 stands"
+        with pytest.raises(StoreError, match=full):
+            write_checkpoint(disk, replace(START, iteration=2), weights=weights, optimizer_state=state)
+        subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'ballast'}", "bs=4k"], capture_output=True)
+        with pytest.raises(StoreError, match=full) as weights_do_not_fit:
             write_checkpoint(disk, replace(START, iteration=2), weights=weights, optimizer_state=state)
 
+        assert "No space left" in str(weights_do_not_fit.value)
         assert newest_checkpoint(disk).progress.iteration == 1
         assert [path.name for path in (disk / "checkpoints").iterdir()] == ["iteration-1"]
     finally:
