@@ -273,7 +273,8 @@ class StageTraining:
         for index in range(progress.batch, batches):
             problem = problem or self.writing_problem()
             losses = self.learner.add_gradient(batch, self.progress.iteration)
-            following = next_batch(coming) if index + 1 < batches else (None, None)   # planned while a GPU is at work
+            goes_on = problem is None and index + 1 < batches
+            following = next_batch(coming) if goes_on else (None, None)               # planned while a GPU is at work
             loss_sum = float(losses)                                                  # waits for the GPU
             total_loss, stop, ask, problems = self.team.total(loss_sum, *self.orders.flags(), float(problem is not None))
             if problems:

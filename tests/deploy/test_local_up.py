@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 from mlflow_server import free_port
@@ -201,7 +201,9 @@ def test_up_lets_in_who_has_the_secrets_and_down_ends_all_of_it(local, tmp_path)
     assert (local.leader("ray"), local.leader("mlflow")) == (ray, mlflow)
     assert again.stdout == first.stdout
 
-    os.kill(mlflow, signal.SIGKILL)
+    server = psutil.Process(mlflow)
+    server.kill()
+    wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, timeout_s=60)     # not at once
     mended = local.run(UP)      # what died is started again, with the same users; what lives is left alone
     assert mended.returncode == 0, mended.stderr
     assert local.leader("ray") == ray and local.leader("mlflow") != mlflow

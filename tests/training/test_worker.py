@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipelines.loader import Batch
+from pipelines.plan import permutation
 from pipelines.scan import scan
 from tests.pipelines.photo_folders import make_photo_folder
 from training.checkpoint import iterations_on_disk
@@ -22,13 +23,13 @@ from training.listener import Listener
 from training.parents import is_done
 from training.picture_log import PictureLog, pictures_that_count
 from training.run import train_schedule
-from training.stage_job import StageJob, Superseded, prove_same_world
+from training.stage_job import StageJob, Superseded, prove_same_world, view_rule
 from training.stop_switch import Interrupted
 from training.store import Store, open_store
 from training.team import Team
 from training.where import Where, check_where
 from training.worker import StageTraining
-from vggcore.errors import DatasetError, DeviceError, RecipeError, StoreError
+from vggcore.errors import DatasetError, DeviceError, RecipeError, StoreError, VggrowError
 from vggcore.recipe import Recipe, parse_recipe
 from vggcore.schedule import Stage, resolve_stages, stage_keys
 
@@ -297,3 +298,20 @@ def test_a_stop_during_validation_keeps_the_epoch_and_validates_again(world, tmp
 
     assert stopped is None
     assert part.validation.measure(part.learner, lambda: False) is not None
+
+
+def test_a_picture_that_breaks_ends_the_epoch_at_its_batch_and_is_named(world):
+    part = training(world)
+    part.folder.mkdir(parents=True, exist_ok=True)
+    second = permutation(view_rule(part.stage), 0, len(part.train.paths))[part.stage.global_batch]
+    broken = part.train.root / str(part.train.paths[second])
+    kept = broken.rename(broken.with_name("kept"))
+
+    try:
+        outcome = part.train_epoch()
+    finally:
+        kept.rename(broken)
+        part.loader.close()
+
+    assert isinstance(outcome, VggrowError) and broken.name in str(outcome)
+    assert part.progress.batch == 1, "the batch before it was trained, itself and all later ones not"
