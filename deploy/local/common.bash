@@ -16,8 +16,9 @@ take_lock() {
     flock --timeout 120 9 || give_up "$state/lock: another up or down has held it for 120 s; wait for it, or end it"
 }
 
-# Field 22 of /proc/PID/stat: when the process began, in clock ticks. A pid is used again one day; the pair is not.
-began() { sed 's/.*) //' "/proc/$1/stat" 2> /dev/null | cut -d ' ' -f 20; }
+# Field 22 of /proc/PID/stat: when the process began, in clock ticks. A pid is used again one day; the pair is not. Nothing
+# for a process that has died and that nobody has asked about yet (Z, X): where init does not, that is for ever.
+began() { sed -n 's/.*) \([^ZX] \)/\1/p' "/proc/$1/stat" 2> /dev/null | cut -d ' ' -f 20; }
 
 # The leader of service $1, if it is the process that was recorded and lives.
 leader() {
