@@ -25,8 +25,9 @@ MAX_FAILURES = 3          # how often a stage's workers may die without a new ch
 LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")     # what gloo says of others
 RESIZE_S = 15.0           # how often a stage with a range of workers looks whether there is room for more
 
-# What Ray 2.60's trainer has beside it for work that is not ours, each a process that loads Ray Data: shards of Ray
-# Datasets, for we have none; on this machine also what gives a cluster's room back after a controller that died.
+# What Ray 2.60's trainer has beside it that no stage uses, each a process that loads Ray Data: shards of Ray Datasets,
+# for we have none; on this machine also what gives a cluster's room back after a controller that died: it would ask the
+# dashboard, which our own Ray has not got. There Crew in run.py sees to that room.
 UNUSED = frozenset({"DatasetsCallback"})
 UNUSED_HERE = UNUSED | {"PlacementGroupCleanerCallback"}
 
@@ -67,10 +68,20 @@ class FitThread(threading.Thread):
         """The newest checkpoint's iteration, -1 before the first."""
         return max(iterations_on_disk(self.where.store.stage(self.job.key)), default=-1)
 
+    @property
+    def lost_its_controller(self) -> bool:
+        """Whether Ray Train's own process of this stage was killed; the room of its workers is not given back by itself."""
+        return isinstance(self.error, ray.exceptions.RayActorError)
+
     def problem(self) -> BaseException | None:
         """What fit() raised: what a worker says the user can mend, deaths of workers as TrainingError, else as it is."""
         if self.error is None:
             return None
+        if self.lost_its_controller:
+            return TrainingError(
+                f"stage {self.job.stage.name!r}: Ray Train's controller, a process beside its workers, was killed (memory?);"
+                " start the same command again: it goes on from the newest checkpoint"
+            )
         if isinstance(self.error, VggrowError):
             return self.error
         for one in worker_failures(self.error):

@@ -72,6 +72,7 @@ class Crew:
         self.running: dict[str, StageRun] = {}
         self.errors: dict[str, BaseException] = {}       # of failed stages and, the same, of those left out for them
         self.counted_at, self.room = -COUNT_S, 1
+        self.taken = 0           # rooms of stages whose controller was killed here: Ray has them until it is started anew
         self.stopped = False                             # a stage was stopped by a signal
         for stage in stages:
             if is_done(where.store, keys[stage.name]):
@@ -112,6 +113,9 @@ class Crew:
         where = self.where
         if where.in_this_process:
             return 1
+        if self.taken and not self.running:
+            ray.shutdown()
+            self.taken, self.counted_at = 0, -COUNT_S
         if not ray.is_initialized():
             # Here, in the main thread: Ray's processes die with the thread that started them (PR_SET_PDEATHSIG).
             one = most(where.workers) * where.threads
@@ -129,7 +133,7 @@ class Crew:
             name, each = ("GPU", 1) if where.device == "cuda" else ("CPU", where.threads)
             have = ray.cluster_resources().get(name, 0.0)
             self.room = max(1, int(have // (each * most(where.workers))))
-        return self.room
+        return self.room - self.taken
 
     def look_after(self) -> None:
         """Passes on what running stages say, and closes those that are over."""
@@ -145,6 +149,8 @@ class Crew:
         """Ends a stage that is over: finished, failed, or stopped by a signal."""
         stage, done = run.stage, is_done(self.where.store, run.key)
         del self.running[stage.name]
+        if run.lost_its_controller and not self.where.on_a_cluster:
+            self.taken += 1
         if problem is None and not done and not self.switch.stopped:
             problem = TrainingError(f"stage {stage.name!r}: its workers ended without a result; start the same command again")
         status = "FINISHED" if done else "FAILED" if problem is not None else "KILLED"

@@ -132,6 +132,11 @@ class StageRun:
         self.listener.rows(self.stage, self.key, self.tail.new_rows())
         return over
 
+    @property
+    def lost_its_controller(self) -> bool:
+        """Whether Ray Train's own process of this stage was killed."""
+        return self.fit is not None and self.fit.lost_its_controller
+
     def problem(self) -> BaseException | None:
         """Why the stage, which is over, has no result; None where it has, or where it was asked to stop and did."""
         if self.fit is None or is_done(self.where.store, self.key):

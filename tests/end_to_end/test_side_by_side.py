@@ -4,9 +4,10 @@ import json
 import re
 from datetime import datetime
 
+import psutil
 import pytest
 
-from tests.end_to_end.command import vggrow
+from tests.end_to_end.command import Running, vggrow, wait_until
 
 SIDE_BY_SIDE = ("--workers", 1, "--threads", 1, "--address", "local")
 MORE = """
@@ -64,3 +65,29 @@ def test_two_stages_without_a_parent_run_at_the_same_time(make_recipe, tmp_path)
     assert done.returncode == 0, done.stderr
     (a_began, a_took), (c_began, c_took) = times(store, "A-36"), times(store, "C-36")
     assert abs((c_began - a_began).total_seconds()) < max(a_took, c_took)
+
+
+@pytest.mark.slow
+def test_a_stage_whose_controller_is_killed_ends_in_a_line_and_the_others_get_its_room(make_recipe, tmp_path):
+    recipe, store = make_recipe(epochs=40, more=MORE), tmp_path / "store"
+    words = ("train", recipe, "--store", store, *SIDE_BY_SIDE)
+    running = Running(*words, log=tmp_path / "log")
+    try:
+        wait_until(lambda: len(list(store.glob("stages/*/starts.jsonl"))) >= 1, timeout_s=300, running=running)
+        first_of("ray::TrainController", running.process.pid).kill()
+        code = running.wait(900)
+    finally:
+        running.kill_everything()
+    (line,) = [line for line in running.output().splitlines() if line.startswith("error: ")]
+    finished = re.findall(r"(\S+): finished", running.output())
+    again = vggrow(*words)
+
+    assert code == 2 and "Ray Train's controller" in line and "Traceback" not in running.output()
+    assert len(set(finished)) == 2, "of four stages one has lost its controller, and its child is left out"
+    assert again.returncode == 0, again.stderr
+
+
+def first_of(name: str, below: int) -> psutil.Process:
+    """The oldest process of that name below another."""
+    found = [one for one in psutil.Process(below).children(recursive=True) if "".join(one.cmdline()).startswith(name)]
+    return min(found, key=lambda process: process.pid)

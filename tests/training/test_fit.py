@@ -1,12 +1,16 @@
 """Ray Train's run of a stage: which failures of its workers are deaths, and what is not started beside them."""
 
+from types import SimpleNamespace
+
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-from training.fit import UNUSED, UNUSED_HERE, StageTrainer, only_deaths
+from training.fit import UNUSED, UNUSED_HERE, StageTrainer, make_trainer, only_deaths
+from training.store import Store
+from training.where import Where
 
 CLOSED = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4242"
 WAITED = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation"
@@ -45,3 +49,11 @@ def test_a_stage_starts_all_that_ray_train_does_but_what_no_stage_uses(unused):
 
     assert ours == [name for name in theirs if name not in unused]
     assert unused <= set(theirs), "Ray names them otherwise now"
+
+
+@pytest.mark.parametrize(("address", "unused"), [(None, UNUSED_HERE), ("auto", UNUSED)])
+def test_a_cluster_keeps_what_gives_its_room_back_after_a_dead_controller(address, unused, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    where = Where(store=Store(tmp_path), workers=2, address=address)
+
+    assert make_trainer(SimpleNamespace(key="0", fence=1), where, 1).unused == unused
