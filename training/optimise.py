@@ -53,8 +53,9 @@ def ended_by(plateau: Plateau, *, epochs: int, max_epochs: int) -> Literal["plat
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: Sgd = "fused") -> torch.optim.SGD:
     """SGD with momentum and weight decay on every parameter, biases included (Sec. 3.1).
 
-    sgd: "fused" is the fastest (docs/benchmarks/training.md). It walks weights, gradients and momentum as plain memory,
-    and moves the wrong weights without a word where they are laid out differently: load_momentum, check_layouts.
+    sgd: "fused" is the fastest where the update counts (net D, docs/benchmarks/training.md). It walks weights, gradients
+    and momentum as plain memory, and moves the wrong weights without a word where they are laid out differently: see
+    load_momentum and check_layouts.
     """
     return torch.optim.SGD(
         parameters,
@@ -67,8 +68,8 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: 
 
 
 def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives an optimiser the state of a checkpoint, momentum laid out in memory as its weights are now."""
-    optimizer.load_state_dict(state)
+    """Gives an optimiser a checkpoint's momentum, laid out in memory as its weights are now; its settings stay its own."""
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, kept in optimizer.state.items():
         if kept.get("momentum_buffer") is not None:
             kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])

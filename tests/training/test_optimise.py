@@ -118,21 +118,22 @@ def test_weight_decay_and_momentum_reach_the_biases_too():
     assert bias.item() == pytest.approx(0.95 - 0.1 * (0.45 + 0.475))
 
 
-@pytest.mark.parametrize("sgd", ["fused", "loop"])
-def test_the_three_ways_to_update_are_the_same_update_and_go_on_from_each_others_state(sgd):
+@pytest.mark.parametrize(("usual", "sgd"), [("fused", "foreach"), ("fused", "loop"), ("foreach", "fused")])
+def test_the_three_ways_to_update_are_the_same_update_and_go_on_from_each_others_state(usual, sgd):
     stage = Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
     steps = [torch.randn(2, 33, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    weights = {way: torch.nn.Parameter(torch.ones(33)) for way in ("foreach", sgd)}
+    weights = {way: torch.nn.Parameter(torch.ones(33)) for way in (usual, sgd)}
     optimizers = {way: make_optimizer([weight], stage, way) for way, weight in weights.items()}
 
     for number, gradients in enumerate(steps):
         if number == 2:    # a checkpoint of the usual way, taken up
-            optimizers[sgd].load_state_dict(deepcopy(optimizers["foreach"].state_dict()))
+            load_momentum(optimizers[sgd], deepcopy(optimizers[usual].state_dict()))
+            assert bool(optimizers[sgd].param_groups[0]["fused"]) is (sgd == "fused")
         for way, weight in weights.items():
             weight.grad = gradients[0].clone()
             optimizers[way].step()
 
-    torch.testing.assert_close(weights[sgd], weights["foreach"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weights[sgd], weights[usual], rtol=1e-6, atol=1e-6)
 
 
 def test_a_checkpoints_momentum_is_laid_out_as_the_weights_are_now():
@@ -149,8 +150,8 @@ def test_a_checkpoints_momentum_is_laid_out_as_the_weights_are_now():
     optimizers = [make_optimizer([plain], stage, "foreach"), make_optimizer([ours], stage)]
     step(optimizers[0], plain)
     ours.data.copy_(plain.data)
-    fused = optimizers[1].state_dict()["param_groups"]
-    load_momentum(optimizers[1], deepcopy(optimizers[0].state_dict()) | {"param_groups": fused})
+    load_momentum(optimizers[1], deepcopy(optimizers[0].state_dict()))
+    assert optimizers[1].param_groups[0]["fused"] is True
     for optimizer, weight in zip(optimizers, (plain, ours), strict=True):
         step(optimizer, weight)
 
