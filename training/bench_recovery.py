@@ -34,7 +34,7 @@ MEASURES = {
     "command": "all killed and typed again, to the first new step",
 }
 OURS, DEFAULTS, QUICK = "vggrow", "bare", "bare_quick"
-NAMES = {OURS: "vggrow train", DEFAULTS: "bare Ray Train", QUICK: "the same, our settings"}
+NAMES = {OURS: "vggrow train", DEFAULTS: "bare Ray Train", QUICK: "the same, our variables"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def our_contender(root: Path, command: Sequence[str], workers: int, threads: int
 
 
 def bare_contender(root: Path, stage: Stage, workers: int, threads: int, *, quick: bool) -> Contender:
-    """training.bare_ray_train; quick: with the settings that we start Ray with."""
+    """training.bare_ray_train; quick: with our environment variables for Ray."""
     folder = root / "bare"
     folder.mkdir()
     (folder / "stage.json").write_text(stage.model_dump_json(), encoding="utf-8")

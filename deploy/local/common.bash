@@ -17,7 +17,7 @@ take_lock() {
 }
 
 # Field 22 of /proc/PID/stat: when the process began, in clock ticks. A pid is used again one day; the pair is not. Nothing
-# for a process that has died and that nobody has asked about yet (Z, X): where init does not, that is for ever.
+# for one that has died and whose parent has not reaped it (Z, X).
 began() { sed -n 's/.*) \([^ZX] \)/\1/p' "/proc/$1/stat" 2> /dev/null | cut -d ' ' -f 20; }
 
 # The leader of service $1, if it is the process that was recorded and lives.

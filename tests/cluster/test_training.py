@@ -135,7 +135,6 @@ def test_a_schedule_on_three_nodes_ends_bit_by_bit_where_three_workers_of_one_ma
         furthest = max(float(abs(single[part] - spread_out[part]).max()) for part in single)
         print(f"{name}: against one worker, weights differ by {furthest:.1e} at most")
         assert furthest < (1e-4 if name == "A-36" else 1e-2)     # noise of float sums grows from stage to stage
-        assert abs(found[1]["val_top1_accuracy"] - singles[name][1]["val_top1_accuracy"]) < 1.5 / 15     # one picture of 15
 
 
 def test_a_worker_that_hangs_and_a_head_that_dies_change_no_bit_of_the_weights(spread, write, one_machine, tmp_path):

@@ -93,6 +93,27 @@ def local(tmp_path: Path) -> Iterator[Local]:
     made.run(DOWN)
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs, and is not one that has died and that its parent has not reaped."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_process_that_died_and_was_not_reaped_is_no_leader():
+    began = f"VGGROW_LOCAL=/nowhere; . '{ROOT}/deploy/local/common.bash'; began "
+    child = subprocess.Popen(["sleep", "60"])
+    living = subprocess.run(["bash", "-c", f"{began}{child.pid}"], capture_output=True, text=True)
+    child.kill()
+    wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, timeout_s=60)
+
+    dead = subprocess.run(["bash", "-c", f"{began}{child.pid}"], capture_output=True, text=True)
+
+    child.wait()
+    assert living.stdout.strip().isdigit() and not dead.stdout, (living, dead)
+
+
 def listening(processes: set[int]) -> list[str]:
     """The addresses on which these processes listen, from /proc."""
     inodes = set()
@@ -203,7 +224,7 @@ def test_up_lets_in_who_has_the_secrets_and_down_ends_all_of_it(local, tmp_path)
 
     server = psutil.Process(mlflow)
     server.kill()
-    wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, timeout_s=60)     # not at once
+    wait_until(lambda: not alive(server), timeout_s=60)     # not at once
     mended = local.run(UP)      # what died is started again, with the same users; what lives is left alone
     assert mended.returncode == 0, mended.stderr
     assert local.leader("ray") == ray and local.leader("mlflow") != mlflow

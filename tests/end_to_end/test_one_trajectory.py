@@ -8,7 +8,7 @@ ITERATIONS = 50
 
 
 def bound(iteration: int) -> float:
-    """Ten times what was measured on two processors: 2.4e-7, four units in the last place of fp32, and 3.7e-7 at 30.
+    """Seven times or more what was measured on two processors up to 30: 2.4e-7 to 3.7e-7, a few units in the last place.
 
     Not for more iterations: rounding, however small, ends in another trajectory, on one of the two from the 85th on
     (docs/benchmarks/one-trajectory.md).
