@@ -68,8 +68,10 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], stage: Stage, sgd: 
 
 
 def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives an optimiser a checkpoint's momentum, laid out in memory as its weights are now; its settings stay its own."""
-    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+    """Gives an optimiser a checkpoint's momentum and rate; how it computes the update and lies in memory stays its own."""
+    own = [{way: group[way] for way in ("foreach", "fused")} for group in optimizer.param_groups]
+    groups = [kept | ways for kept, ways in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
     for parameter, kept in optimizer.state.items():
         if kept.get("momentum_buffer") is not None:
             kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.plan import batches_per_epoch
-from training.optimise import Plateau, check_layouts, ended_by, load_momentum, make_optimizer
+from training.optimise import Plateau, check_layouts, ended_by, load_momentum, make_optimizer, set_learning_rate
 from vggcore.recipe import Train
 from vggcore.schedule import Stage
 
@@ -150,7 +150,9 @@ def test_a_checkpoints_momentum_is_laid_out_as_the_weights_are_now():
     optimizers = [make_optimizer([plain], stage, "foreach"), make_optimizer([ours], stage)]
     step(optimizers[0], plain)
     ours.data.copy_(plain.data)
+    set_learning_rate(optimizers[0], 0.01)           # after a drop
     load_momentum(optimizers[1], deepcopy(optimizers[0].state_dict()))
+    assert optimizers[1].param_groups[0]["lr"] == 0.01
     assert optimizers[1].param_groups[0]["fused"] is True
     for optimizer, weight in zip(optimizers, (plain, ours), strict=True):
         step(optimizer, weight)
