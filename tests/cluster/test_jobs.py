@@ -326,7 +326,8 @@ def test_submit_for_programs_is_json_and_nothing_else_on_stdout(make_client):
     job, again = json.loads(done.stdout), json.loads(attached.stdout)
     assert job["fresh"] is True and 10_000 < job["package_bytes"] < 2**20
     assert (job["recipe"], job["pipeline"], job["workers"], job["attempt"]) == ("photos", "", 1, 1)
-    assert job["store"] == str(client.store) and f" --tracking {client.cluster.tracking} " in job["command"]
+    assert job["store"] == str(client.store)
+    assert job["command"].endswith(f"--tracking {client.cluster.tracking} --stall-limit=600")
     assert (again["id"], again["fresh"], again["status"], again["exit_code"]) == (job["id"], False, "SUCCEEDED", 0)
 
 

@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 WAIT_S = 900.0         # for what takes a minute on two idle cores
 EPOCHS = 12            # of stage A
+FEW_EPOCHS = 4         # beside one worker: after more, a ReLU that the last bit decides parts them (one-trajectory.md)
+STAGES = {"A-36", "B-36", "D-36", "D-36-44"}
 BATCHES = 7            # 60 pictures in batches of 9
 LATER = f"""
 {CHILD}
@@ -116,25 +118,37 @@ def workers_on(node: Node) -> list[psutil.Process]:
     return ray_workers(psutil.Process(pid) for pid in processes(node.namespace) if psutil.pid_exists(pid))
 
 
-def test_a_schedule_on_three_nodes_ends_bit_by_bit_where_three_workers_of_one_machine_end(spread, write, one_machine, tmp_path):
+def test_a_schedule_on_three_nodes_ends_bit_by_bit_where_three_workers_of_one_machine_end(spread, write, one_machine):
     client = client_of(spread, write(EPOCHS, LATER), "schedule")
     addresses = sorted(node.ip for node in (spread.head, *spread.nodes))
+
+    done = client.submit("--workers", 3, "--follow")
+
+    assert done.returncode == 0, done.stderr
+    ours, theirs = results(client.store), results(one_machine)
+    assert set(ours) == set(theirs) == STAGES
+    for name, found in ours.items():
+        assert [sorted(start) for start in places(found[0])] == [addresses]
+        assert weight_bytes(found) == weight_bytes(theirs[name]), name
+        assert found[1]["val_top1_accuracy"] == theirs[name][1]["val_top1_accuracy"]
+
+
+def test_a_schedule_on_three_nodes_ends_where_one_worker_ends_but_for_float_sums(spread, write, tmp_path):
+    client = client_of(spread, write(FEW_EPOCHS, LATER), "few")
 
     done = client.submit("--workers", 3, "--follow")
     alone = vggrow("train", client.recipe, "--threads", 1, "--store", tmp_path / "store", timeout_s=2 * WAIT_S)
 
     assert done.returncode == 0, done.stderr
     assert alone.returncode == 0, alone.stderr
-    ours, theirs, singles = results(client.store), results(one_machine), results(tmp_path / "store")
-    assert set(ours) == set(theirs) == {"A-36", "B-36", "D-36", "D-36-44"}
+    ours, singles = results(client.store), results(tmp_path / "store")
+    assert set(ours) == set(singles) == STAGES
     for name, found in ours.items():
-        assert [sorted(start) for start in places(found[0])] == [addresses]
-        assert weight_bytes(found) == weight_bytes(theirs[name]), name
-        assert found[1]["val_top1_accuracy"] == theirs[name][1]["val_top1_accuracy"]
         single, spread_out = load_file(weight_file(singles[name])), load_file(weight_file(found))
         furthest = max(float(abs(single[part] - spread_out[part]).max()) for part in single)
         print(f"{name}: against one worker, weights differ by {furthest:.1e} at most")
-        assert furthest < (1e-4 if name == "A-36" else 1e-2)     # noise of float sums grows from stage to stage
+        assert furthest < 1e-4
+        assert abs(found[1]["val_top1_accuracy"] - singles[name][1]["val_top1_accuracy"]) < 1.5 / 15     # one picture of 15
 
 
 def test_a_worker_that_hangs_and_a_head_that_dies_change_no_bit_of_the_weights(spread, write, one_machine, tmp_path):

@@ -26,10 +26,16 @@ MARKS = {2: ("#0072B2", "-"), 3: ("#D55E00", "--"), 4: ("#009E73", ":")}   # Oka
 SHOWN = (1, 3, 10, 30, 100, 300, 1000, 1500)      # iterations in the table
 
 
-def losses(photos: Path, folder: Path, iterations: int) -> dict[int, list[float]]:
-    """The training loss of every iteration at each number of workers, fp32, one thread each; whole epochs are trained."""
+def losses(photos: Path, folder: Path, iterations: int, changes: dict[str, str] | None = None) -> dict[int, list[float]]:
+    """The training loss of every iteration at each number of workers, fp32, one thread each; whole epochs are trained.
+
+    changes: lines of the recipe by what stands in their place.
+    """
     recipe = folder / "photos.toml"
     text = RECIPE.format(root=photos, epochs=-(-iterations // BATCHES), every="5min")
+    for line, other in (changes or {}).items():
+        assert line in text, line
+        text = text.replace(line, other)
     recipe.write_text(text.replace("patience = 100\n", "patience = 100000\n"))      # one learning rate all the way
     found = {}
     for workers in WORKERS:

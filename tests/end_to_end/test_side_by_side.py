@@ -1,7 +1,10 @@
 """Stages that do not depend on one another run at the same time where there is room; a failing one stops no other."""
 
 import json
+import random
 import re
+import time
+from contextlib import suppress
 from datetime import datetime
 
 import psutil
@@ -71,10 +74,15 @@ def test_two_stages_without_a_parent_run_at_the_same_time(make_recipe, tmp_path)
 def test_a_stage_whose_controller_is_killed_ends_in_a_line_and_the_others_get_its_room(make_recipe, tmp_path):
     recipe, store = make_recipe(epochs=40, more=MORE), tmp_path / "store"
     words = ("train", recipe, "--store", store, *SIDE_BY_SIDE)
+    seed = random.randrange(10**6)
+    draws = random.Random(seed)
     running = Running(*words, log=tmp_path / "log")
     try:
-        wait_until(lambda: len(list(store.glob("stages/*/starts.jsonl"))) >= 1, timeout_s=300, running=running)
-        first_of("ray::TrainController", running.process.pid).kill()
+        wait_until(lambda: len(controllers(running.process.pid)) == 2, timeout_s=300, running=running)
+        moment, which = draws.uniform(0, 6), draws.randrange(2)      # from their first imports into the training
+        print(f"seed {seed}: controller {which} after {moment:.1f} s")
+        time.sleep(moment)
+        controllers(running.process.pid)[which].kill()
         code = running.wait(900)
     finally:
         running.kill_everything()
@@ -87,7 +95,11 @@ def test_a_stage_whose_controller_is_killed_ends_in_a_line_and_the_others_get_it
     assert again.returncode == 0, again.stderr
 
 
-def first_of(name: str, below: int) -> psutil.Process:
-    """The oldest process of that name below another."""
-    found = [one for one in psutil.Process(below).children(recursive=True) if "".join(one.cmdline()).startswith(name)]
-    return min(found, key=lambda process: process.pid)
+def controllers(below: int) -> list[psutil.Process]:
+    """Ray Train's controllers below a process, oldest first."""
+    found = []
+    for process in psutil.Process(below).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "".join(process.cmdline()).startswith("ray::TrainController"):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
