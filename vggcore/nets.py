@@ -1,5 +1,6 @@
 """The six nets of Table 1 as data, and the modules built from them under torchvision's parameter names."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vggcore.counter_hash import hash64
-from vggcore.recipe import Head, NetName
+from vggcore.recipe import Features, Head, NetName, Pool
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,16 @@ STRIDE = 32            # pixels of the picture from one place of the last featur
 FC_NAMES: dict[Head, tuple[str, ...]] = {
     "paper": ("classifier.0", "classifier.3", "classifier.6"),
     "compact": ("classifier.1", "classifier.4"),
+    "linear": ("classifier.0",),
 }
 
 WORD = 0xFFFFFFFF      # 32 bits
 
 
-def conv_names(net: NetName) -> dict[str, str]:
-    """The module of each conv by its place in its group: {"conv1_1": "features.0", ...}, in order."""
+def conv_names(net: NetName, last_group: int = 5) -> dict[str, str]:
+    """The module of each conv up to a group by its place in its group: {"conv1_1": "features.0", ...}, in order."""
     names, index = {}, 0
-    for group, convs in enumerate(NETS[net].convs, start=1):
+    for group, convs in enumerate(NETS[net].convs[:last_group], start=1):
         for place in range(1, convs + 1):
             names[f"conv{group}_{place}"] = f"features.{index}"
             index += 2   # the conv and its ReLU
@@ -125,14 +127,42 @@ class HashedDropout(nn.Module):
         return f"probability={self.probability}, layer={self.layer}"
 
 
+class PlacePool(nn.Module):
+    """Pools each channel over all places: the average, the maximum, or both one after the other."""
+
+    def __init__(self, how: Pool) -> None:
+        super().__init__()
+        self.how: Pool = how
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps (N, C, H, W), H and W at least 1 -> (N, C), or (N, 2C): averages, then maxima."""
+        parts = []
+        if self.how != "maximum":
+            parts.append(maps.mean((2, 3)))
+        if self.how != "average":
+            parts.append(maps.amax((2, 3)))
+        return torch.cat(parts, 1)
+
+    def extra_repr(self) -> str:
+        return f"how={self.how!r}"
+
+
 class Vgg(nn.Module):
     """A net of Table 1 with torchvision's names and indices: features, avgpool, classifier.
 
-    head: which classifier it has; map_side: places on a side of one crop's feature map, crop/32.
+    head: which classifier it has; map_side: places on a side of one crop's feature map, crop/32; taps: of a linear head,
+    the modules of `features`, max pools, whose outputs it pools.
     """
 
     def __init__(
-        self, features: nn.Sequential, avgpool: nn.Module, classifier: nn.Sequential, *, head: Head, map_side: int
+        self,
+        features: nn.Sequential,
+        avgpool: nn.Module,
+        classifier: nn.Sequential,
+        *,
+        head: Head,
+        map_side: int,
+        taps: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.features = features
@@ -140,6 +170,7 @@ class Vgg(nn.Module):
         self.classifier = classifier
         self.head: Head = head
         self.map_side = map_side
+        self.taps = taps
 
     def set_draws(self, seed: int, iteration: int, rows: Tensor) -> None:
         """HashedDropout.set_draws for both dropouts: what the next forward in train mode needs; rows on its device."""
@@ -148,7 +179,13 @@ class Vgg(nn.Module):
                 module.set_draws(seed, iteration, rows)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (N, 3, H, W), RGB less the mean -> logits (N, classes); height and width are the crop's."""
+        """images (N, 3, H, W), RGB less the mean -> logits (N, classes).
+
+        Height and width are the crop's; a linear head takes any, of one scale.
+        """
+        if self.head == "linear":
+            pooled_logits: Tensor = self.classifier(self.pooled(images))
+            return pooled_logits
         features: Tensor = self.features(images)
         # At the crop's size the paper's head has nothing to pool; torch's backward would not be deterministic on a GPU.
         if self.head == "compact" or features.shape[-2:] != (self.map_side, self.map_side):
@@ -156,40 +193,92 @@ class Vgg(nn.Module):
         logits: Tensor = self.classifier(torch.flatten(features, 1))
         return logits
 
+    def pooled(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) at one scale -> (N, F): of a linear head, each tapped group pooled over its places, in order."""
+        assert self.head == "linear", f"a {self.head} head pools no groups"
+        values, found = images, []
+        for index, module in enumerate(self.features):
+            values = module(values)
+            if index in self.taps:
+                found.append(self.avgpool(values))
+        return torch.cat(found, 1)
+
 
 def build_net(
-    net: NetName, *, classes: int, head: Head = "paper", width: float = 1.0, crop: int = 224, dropout: float = 0.5
+    net: NetName,
+    *,
+    classes: int,
+    head: Head = "paper",
+    features: Features | None = None,
+    width: float = 1.0,
+    crop: int = 224,
+    dropout: float = 0.5,
 ) -> Vgg:
     """The net with its weights allocated, but holding anything until initialise_net or load_state_dict sets them.
 
     width: factor on conv channels and hidden FC units, rounded, at least 1 (ours; the paper's nets have 1). crop:
-    pixels, a multiple of 32. head: "paper" (FC-4096, FC-4096, FC-classes) or "compact" (global average pooling, FC-120,
-    FC-classes). dropout: probability, in [0, 1).
+    pixels, a multiple of 32. head: "paper" (FC-4096, FC-4096, FC-classes), "compact" (global average pooling, FC-120,
+    FC-classes) or "linear" (the net cut after the last group of `features`, groups pooled over places, FC-classes on the
+    values of all features.scales). dropout: probability, in [0, 1).
     """
     with torch.device("meta"):   # nothing is computed: torch's own first weights would take seconds and be thrown away
-        modules = net_modules(net, classes=classes, head=head, width=width, crop=crop, dropout=dropout)
+        modules = net_modules(
+            net, classes=classes, head=head, features=features, width=width, crop=crop, dropout=dropout
+        )
     return modules.to_empty(device="cpu")
 
 
-def net_modules(net: NetName, *, classes: int, head: Head, width: float, crop: int, dropout: float) -> Vgg:
+def net_modules(
+    net: NetName, *, classes: int, head: Head, features: Features | None = None, width: float, crop: int, dropout: float
+) -> Vgg:
     """The modules of build_net, on torch's current default device."""
+    if head == "linear":
+        return linear_modules(net, features or Features(), classes=classes, width=width, map_side=crop // STRIDE)
     assert crop > 0 and crop % STRIDE == 0, f"crop is {crop}, wanted a multiple of {STRIDE}"
-    config, map_side = NETS[net], crop // STRIDE
-    features: list[nn.Module] = []
-    channels_in = 3
-    for group, (repeats, channels) in enumerate(zip(config.convs, GROUP_CHANNELS, strict=True)):
-        channels_out = scaled(channels, width)
-        last_kernel = config.third_conv_kernel if repeats == 3 else 3
-        lrn = config.lrn and group == 0
-        features += conv_block(channels_in, channels_out, repeats, last_kernel=last_kernel, lrn=lrn)
-        channels_in = channels_out
+    map_side = crop // STRIDE
+    groups = conv_groups(net, width)
+    channels_in = scaled(GROUP_CHANNELS[-1], width)
     if head == "paper":
         avgpool = nn.AdaptiveAvgPool2d(map_side)
         classifier = paper_head(channels_in * map_side**2, scaled(FC_UNITS, width), classes, dropout)
     else:
         avgpool = nn.AdaptiveAvgPool2d(1)
         classifier = compact_head(channels_in, classes, dropout)
-    return Vgg(nn.Sequential(*features), avgpool, classifier, head=head, map_side=map_side)
+    return Vgg(nn.Sequential(*itertools.chain(*groups)), avgpool, classifier, head=head, map_side=map_side)
+
+
+def linear_modules(net: NetName, features: Features, *, classes: int, width: float, map_side: int) -> Vgg:
+    """The net cut after the last of the groups that are pooled, and one linear layer on what is pooled."""
+    groups = conv_groups(net, width)[: max(features.groups)]
+    ends = list(itertools.accumulate(len(group) for group in groups))
+    head = nn.Linear(linear_inputs(features, width), classes)
+    return Vgg(
+        nn.Sequential(*itertools.chain(*groups)),
+        PlacePool(features.pool),
+        nn.Sequential(head),
+        head="linear",
+        map_side=map_side,
+        taps=tuple(ends[group - 1] - 1 for group in features.groups),
+    )
+
+
+def linear_inputs(features: Features, width: float = 1.0) -> int:
+    """Values that a linear head sees of one picture: over its scales, groups, channels, and averages and maxima."""
+    channels = sum(scaled(GROUP_CHANNELS[group - 1], width) for group in features.groups)
+    return channels * (2 if features.pool == "both" else 1) * len(features.scales or (0,))
+
+
+def conv_groups(net: NetName, width: float) -> list[list[nn.Module]]:
+    """The modules of the five conv groups, each with its max pool, on torch's current default device."""
+    config, channels_in = NETS[net], 3
+    groups = []
+    for group, (repeats, channels) in enumerate(zip(config.convs, GROUP_CHANNELS, strict=True)):
+        channels_out = scaled(channels, width)
+        last_kernel = config.third_conv_kernel if repeats == 3 else 3
+        lrn = config.lrn and group == 0
+        groups.append(conv_block(channels_in, channels_out, repeats, last_kernel=last_kernel, lrn=lrn))
+        channels_in = channels_out
+    return groups
 
 
 def scaled(units: int, width: float) -> int:
@@ -232,17 +321,36 @@ class LayerRow:
     macs: int                  # multiply-adds of convs and FC layers; 0 for all others
 
 
-def parameter_count(net: NetName, *, classes: int, head: Head = "paper", width: float = 1.0, crop: int = 224) -> int:
+def parameter_count(
+    net: NetName,
+    *,
+    classes: int,
+    head: Head = "paper",
+    features: Features | None = None,
+    width: float = 1.0,
+    crop: int = 224,
+    dropout: float = 0.0,
+) -> int:
     """Weights and biases of build_net's net; allocates nothing, and loads none of what torch computes shapes with."""
     with torch.device("meta"):
-        modules = net_modules(net, classes=classes, head=head, width=width, crop=crop, dropout=0.0)
+        modules = net_modules(net, classes=classes, head=head, features=features, width=width, crop=crop, dropout=dropout)
     return sum(parameter.numel() for parameter in modules.parameters())
 
 
 def layer_table(
-    net: NetName, *, classes: int, head: Head = "paper", width: float = 1.0, crop: int = 224, dropout: float = 0.5
+    net: NetName,
+    *,
+    classes: int,
+    head: Head = "paper",
+    features: Features | None = None,
+    width: float = 1.0,
+    crop: int = 224,
+    dropout: float = 0.5,
 ) -> list[LayerRow]:
-    """Every layer of build_net's net in the order a picture goes through; allocates no weights and computes nothing."""
+    """Every layer of build_net's net in the order a picture goes through; allocates no weights and computes nothing.
+
+    A linear head's picture is crop x crop; with several scales the layers stand once, at that size.
+    """
     rows: list[LayerRow] = []
 
     def add_row(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -250,11 +358,18 @@ def layer_table(
             rows.append(layer_row(names[module], module, tuple(output.shape[1:])))
 
     with torch.device("meta"):
-        modules = net_modules(net, classes=classes, head=head, width=width, crop=crop, dropout=dropout).eval()
+        modules = net_modules(
+            net, classes=classes, head=head, features=features, width=width, crop=crop, dropout=dropout
+        ).eval()
         names = {module: name for name, module in modules.named_modules()}
         for module in names:
             module.register_forward_hook(add_row)
-        modules(torch.empty(1, 3, crop, crop))
+        picture = torch.empty(1, 3, crop, crop)
+        if head == "linear":
+            pooled = modules.pooled(picture)
+            modules.classifier(pooled.repeat(1, len(features.scales or (0,)) if features else 1))
+        else:
+            modules(picture)
     return rows
 
 
@@ -276,6 +391,8 @@ def layer_row(name: str, module: nn.Module, output: tuple[int, ...]) -> LayerRow
             kind = "maxpool"
         case nn.AdaptiveAvgPool2d():
             kind = "avgpool"
+        case PlacePool():
+            kind = f"pool-{module.how}"
         case HashedDropout():
             kind = "dropout"
         case _:

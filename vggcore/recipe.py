@@ -1,23 +1,43 @@
 """The recipe: one TOML file that says what is trained, read once into frozen models and refused at once when wrong."""
 
-import difflib
+import itertools
 import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from vggcore.errors import RecipeError
+from vggcore.recipe_checks import check_recipe
+from vggcore.recipe_checks import nearest as nearest
+from vggcore.recipe_checks import stored_key as stored_key
 
 NetName = Literal["A", "A-LRN", "B", "C", "D", "E"]
-Head = Literal["paper", "compact"]
+Head = Literal["paper", "compact", "linear"]
+Pool = Literal["average", "maximum", "both"]
+View = Literal["crop", "whole"]
+Rule = Literal["plateau", "cosine"]
+Optimiser = Literal["sgd", "adamw"]
+Fit = Literal["sgd", "logistic"]
+MeanOf = Literal["data", "weights"]
 Initialise = Literal["paper", "glorot", "he"]
 Precision = Literal["fp32", "tf32", "bf16"]
 AllReduce = Literal["fp32", "bf16"]
 SplitRule = Literal["folder", "hash", "stratified", "group"]
 Protocol = Literal["centre", "dense"]
+TestViews = Literal["none", "flips", "turns"]
+ResultWeights = Literal["last", "best on val", "average"]
 
 BEST_ON_VAL = "best on val"
 SPLITS = ("train", "val", "test")   # train learns, val alone steers, test is reported
@@ -26,6 +46,9 @@ GATE = "gate"                        # a fourth one, where a recipe asks for it:
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Group = Annotated[int, Field(ge=1, le=5)]        # a conv group of Table 1
+Factor = Annotated[float, Field(gt=0, le=1)]
+ClassWeights = Literal["balanced"] | dict[str, Positive]
 
 
 def array(value: Any) -> Any:
@@ -43,6 +66,25 @@ def scale_range(value: Any) -> Any:
 
 
 ScaleRange = Annotated[tuple[Count, Count], BeforeValidator(scale_range)]
+
+
+def ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values, ValueError unless there are some and each is larger than the one before."""
+    if not values or any(low >= high for low, high in itertools.pairwise(values)):
+        raise ValueError(f"found {list(values)}, expected one or more, each larger than the one before")
+    return values
+
+
+def interval(values: tuple[float, float]) -> tuple[float, float]:
+    """(low, high), ValueError unless 0 < low <= high."""
+    if not 0 < values[0] <= values[1]:
+        raise ValueError(f"found {list(values)}, expected [low, high] with 0 < low <= high")
+    return values
+
+
+Groups = Annotated[tuple[Group, ...], BeforeValidator(array), AfterValidator(ascending)]
+Scales = Annotated[tuple[Count, ...], BeforeValidator(array), AfterValidator(ascending)]
+Interval = Annotated[tuple[float, float], BeforeValidator(array), AfterValidator(interval)]
 
 
 class Frozen(BaseModel):
@@ -134,10 +176,24 @@ class Data(Frozen):
         return self
 
 
+class Features(Frozen):
+    """What a linear head sees: outputs of conv groups, pooled over all places of whole pictures.
+
+    Each group's output is taken after its max pool. With several scales the pooled values of all are concatenated; with
+    flip they are the mean of those of the picture and of its mirror image.
+    """
+
+    groups: Groups = (3, 4)       # best on val, alone or with 5, in the trials on solar cells (docs/benchmarks/transfer.md)
+    pool: Pool = "both"           # over places: the average, the maximum, or both one after the other
+    scales: Scales | None = None  # shorter sides Q, pixels; not given: the stage's scale
+    flip: bool = False
+
+
 class Net(Frozen):
-    """What every stage's net has in common: head, width, crop, dropout, first weights."""
+    """What every stage's net has in common unless a stage says otherwise: head, width, crop, dropout, first weights."""
 
     head: Head = "paper"
+    features: Features | None = None                     # of head = "linear"
     width: Annotated[float, Field(gt=0, le=4)] = 1.0     # scales conv channels and hidden FC units
     crop: Annotated[int, Field(ge=32)] = 224             # pixels; a multiple of 32, for the five poolings
     dropout: Share = 0.5
@@ -146,21 +202,36 @@ class Net(Frozen):
     @field_validator("crop")
     @classmethod
     def crop_is_a_multiple_of_32(cls, crop: int) -> int:
-        if crop % 32:
-            raise ValueError(f"found {crop}, wanted a multiple of 32: five 2x2 poolings halve it five times")
-        return crop
+        return multiple_of_32(crop)
+
+
+def multiple_of_32(crop: int) -> int:
+    """A crop's side in pixels, ValueError unless five poolings can halve it."""
+    if crop % 32:
+        raise ValueError(f"found {crop}, wanted a multiple of 32: five 2x2 poolings halve it five times")
+    return crop
 
 
 class Train(Frozen):
-    """The optimiser and the learning-rate rule (Sec. 3.1); a [[stage]] may have its own rate, patience and epochs."""
+    """The optimiser and the learning-rate rule (Sec. 3.1 by default); a [[stage]] may have its own."""
 
     global_batch: Count = 256
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    optimiser: Optimiser = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of "sgd"
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    decay_biases: bool = True                            # the paper's way; false: biases have no weight decay
     learning_rate: Positive = 1e-2
-    drops: Annotated[int, Field(ge=0)] = 3
-    patience: Count = 5
+    layer_decay: Factor = 1.0                            # rate of a conv group relative to the group above it
+    rule: Rule = "plateau"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0       # the rate rises linearly from 0 in these
+    drops: Annotated[int, Field(ge=0)] = 3               # of "plateau"
+    patience: Count = 5                                  # of "plateau"
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0   # of "cosine": where it ends
     max_epochs: Count = 74
+    label_smoothing: Share = 0.0
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.0   # 0: classes as they come; 1: each class equally often
+    class_weights: ClassWeights | None = None            # factors on the losses; their mean over train is 1
+    average: Annotated[int, Field(ge=0)] = 0             # epochs at the end whose weights are averaged; 0: none
     precision: Precision = "fp32"
     channels_last: bool = True
     compile: bool = False
@@ -176,38 +247,86 @@ class Train(Frozen):
 
 
 class Augment(Frozen):
-    """What changes from view to view besides the crop."""
+    """What changes from view to view; a [[stage]] may have its own. The paper has crops, flips and colours (Sec. 3.1)."""
 
+    view: View = "crop"                                  # "whole": the picture resized to crop x crop, aspect not kept
     flip: bool = True
+    flip_vertical: bool = False
+    quarter_turns: bool = False
+    area: Interval | None = None                         # share of the picture that a crop covers (Szegedy et al. 2015)
+    aspect: Interval | None = None                       # of these crops, width to height; not given: 3/4 to 4/3
     colour: Annotated[float, Field(ge=0)] = 0.1          # deviation of the three colour strengths (Sec. 3.1)
+    mixup: Annotated[float, Field(ge=0)] = 0.0           # alpha of Beta(alpha, alpha) (Zhang et al. 2018); 0: off
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0     # probability of a rectangle at the mean (Zhong et al. 2020)
+
+    @field_validator("area")
+    @classmethod
+    def area_is_a_share(cls, area: tuple[float, float] | None) -> tuple[float, float] | None:
+        if area is not None and area[1] > 1:
+            raise ValueError(f"found {list(area)}, expected shares of the picture, at most 1")
+        return area
 
 
 class StageTable(Frozen):
-    """A [[stage]] as written: a net, a training scale, where its weights come from, what differs from [net] and [train]."""
+    """A [[stage]] as written: a net, a training scale, where its weights come from, and what differs from other tables."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     net: NetName
-    scale: ScaleRange
-    init_from: str | None = None
+    scale: ScaleRange | None = None                      # not with view = "whole", area or features.scales
+    init_from: str | None = None                         # a stage's name, "stage:<key>" or "weights:<name>"
+    mean: MeanOf | None = None                           # whose mean is subtracted; not given: see docs/reference/recipe.md
+    fit: Fit = "sgd"
+    freeze: Annotated[int, Field(ge=0, le=5)] = 0        # conv groups from the bottom that keep their weights
+    # of [net] and [data]
+    head: Head | None = None
+    features: Features | None = None
+    width: Annotated[float, Field(gt=0, le=4)] | None = None
+    crop: Annotated[int, Field(ge=32)] | None = None
+    dropout: Share | None = None
     initialise: Initialise | None = None                 # of the layers that init_from does not give
+    standardise: bool | None = None
+    # of [augment]: the keys that differ
+    augment: Augment | None = None
+    # of [train]
+    global_batch: Count | None = None
+    optimiser: Optimiser | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    decay_biases: bool | None = None
     learning_rate: Positive | None = None
+    layer_decay: Factor | None = None
+    rule: Rule | None = None
+    warmup_epochs: Annotated[int, Field(ge=0)] | None = None
     drops: Annotated[int, Field(ge=0)] | None = None
     patience: Count | None = None
+    final_learning_rate: Annotated[float, Field(ge=0)] | None = None
     max_epochs: Count | None = None
+    label_smoothing: Share | None = None
+    balance: Annotated[float, Field(ge=0, le=1)] | None = None
+    class_weights: ClassWeights | None = None
+    average: Annotated[int, Field(ge=0)] | None = None
+    precision: Precision | None = None
+
+    @field_validator("crop")
+    @classmethod
+    def crop_is_a_multiple_of_32(cls, crop: int | None) -> int | None:
+        return None if crop is None else multiple_of_32(crop)
 
 
 class Evaluate(Frozen):
     """What is measured on the test split once the stages are done; no part of any stage's key."""
 
     stages: Annotated[tuple[str, ...], BeforeValidator(array)] | None = None     # not given: the last stage
-    protocol: Protocol = "dense"
+    protocol: Protocol = "dense"                         # linear heads have a protocol of their own, whole pictures
     scales: Annotated[tuple[Count, ...], BeforeValidator(array)] | None = None   # test scales Q; not given: Sec. 3.2, 4.2
+    views: TestViews = "none"                            # mirrored ("flips") and turned views, posteriors averaged
 
 
 class Register(Frozen):
     """Which result becomes a version of the registered model, and the first champion's floor on test top-1 accuracy."""
 
     stage: str | None = None                             # a stage's name, or "best on val"; not given: the last stage
+    weights: ResultWeights = "last"                      # which of the stage's weights
     floor: Share = 0.0
 
 
@@ -250,67 +369,13 @@ class Recipe(Frozen):
             raise ValueError('schedule = "paper" takes the place of [[stage]] tables; keep one of the two')
         if not self.stages:
             raise ValueError('needs [[stage]] tables, or schedule = "paper"')
-        check_stages(self.stages, crop=self.net.crop)
-        names = [stage.name for stage in self.stages]
-        for name in self.evaluate.stages or ():
-            if name not in names:
-                raise ValueError(f"[evaluate] stages: no stage {name!r}{nearest(name, names)}")
-        low = self.net.crop
-        for scale in self.evaluate.scales or ():
-            if scale < low:
-                raise ValueError(f"[evaluate] scales: {scale} is below the crop, {low}; a net needs its crop at least")
-        wanted = self.register_.stage
-        if wanted not in (None, BEST_ON_VAL, *names):
-            raise ValueError(f"[register] stage: no stage {wanted!r}{nearest(str(wanted), [*names, BEST_ON_VAL])}")
+        check_recipe(self)
         return self
 
     @property
     def stages(self) -> tuple[StageTable, ...]:
         """The schedule as tables, `schedule = "paper"` expanded."""
         return PAPER_SCHEDULE if self.schedule == "paper" else self.stage
-
-
-def stored_key(init_from: str | None) -> str | None:
-    """The key in an init_from such as "stage:3f0c6a52b1d94e77", a finished stage of the store; None for anything else."""
-    found = re.fullmatch(r"stage:([0-9a-f]{16})", init_from or "")
-    return found[1] if found else None
-
-
-def check_stages(stages: tuple[StageTable, ...], *, crop: int) -> None:
-    """ValueError for two stages of one name, an absent parent, a cycle, a scale below the crop, first weights never used."""
-    parents: dict[str, str | None] = {}
-    nets: dict[str | None, NetName] = {}
-    for stage in stages:
-        if stage.name in parents:
-            raise ValueError(f"stage {stage.name!r} stands twice; each needs its own name")
-        parents[stage.name], nets[stage.name] = stage.init_from, stage.net
-    for stage in stages:
-        low, high = stage.scale
-        if not crop <= low <= high:
-            raise ValueError(
-                f"stage {stage.name!r}: scale is {list(stage.scale)}, but needs {crop} <= low <= high;"
-                f" a {crop}x{crop} crop must fit in the shorter side"
-            )
-        if stage.init_from is not None and stage.init_from not in parents and stored_key(stage.init_from) is None:
-            hint = nearest(stage.init_from, list(parents))
-            raise ValueError(f"stage {stage.name!r}: init_from names {stage.init_from!r}, which is no stage here{hint}")
-        if stage.initialise is not None and nets.get(stage.init_from) == stage.net:
-            raise ValueError(
-                f"stage {stage.name!r}: initialise has no effect: {stage.init_from!r} is a net {stage.net} too and gives every"
-                " layer; remove it, or init_from"
-            )
-        seen = [stage.name]
-        while (parent := parents[seen[-1]]) is not None and parent in parents:
-            if parent in seen:
-                circle = " from ".join([*seen[seen.index(parent) :], parent])
-                raise ValueError(f"stages start from each other in a circle: {circle}; one must start without init_from")
-            seen.append(parent)
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """The hint '; did you mean ...?' with the known word nearest to `word`, else the list of the known."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(map(repr, known))}"
 
 
 def read_words(path: Path, what: str) -> str:

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
+from vggcore.initialise import initialise_net
 from vggcore.nets import (
     FC_NAMES,
     NETS,
@@ -13,9 +14,11 @@ from vggcore.nets import (
     conv_block,
     conv_names,
     layer_table,
+    linear_inputs,
     mix32,
     parameter_count,
 )
+from vggcore.recipe import Features
 
 # PAPER: parameters and multiply-adds (in thousand millions) at 224 pixels and 1000 classes.
 # fmt: off
@@ -105,7 +108,8 @@ def test_the_layer_table_is_that_of_the_net_that_is_built(net, head):
 
     assert parameter_count(net, **settings) == sum(row.parameters for row in rows)
     built = [name for name, module in modules.items() if list(module.parameters(recurse=False))]
-    assert [row.name for row in rows if row.parameters] == built == [*conv_names(net).values(), *FC_NAMES[head]]
+    convs = conv_names(net, last_group=4 if head == "linear" else 5)      # a linear head pools groups 3 and 4
+    assert [row.name for row in rows if row.parameters] == built == [*convs.values(), *FC_NAMES[head]]
     for row in rows:
         assert row.parameters == sum(parameter.numel() for parameter in modules[row.name].parameters())
 
@@ -287,3 +291,33 @@ def test_a_net_compiles_as_one_graph_and_not_anew_at_each_iteration():
         torch.testing.assert_close(compiled(images), net(images))
 
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("pool", "blocks"), [("average", 1), ("maximum", 1), ("both", 2)])
+def test_a_linear_head_sees_each_groups_output_pooled_over_all_places(pool, blocks):
+    features = Features(groups=(2, 3), pool=pool, scales=(40,))
+    net = build_net("A", classes=3, head="linear", features=features, width=1 / 16, crop=32).eval()
+    initialise_net(net, "he", width=1 / 16, seed=0, name="A")
+    images = torch.randn(2, 3, 40, 56)
+
+    with torch.inference_mode():
+        found = net.pooled(images)
+        second = net.features[:6](images)
+        third = net.features(images)
+
+    assert list(net.features)[-1].__class__ is nn.MaxPool2d and third.shape[1:] == (16, 5, 7)
+    parts = []
+    for maps in (second, third):
+        parts += [maps.mean((2, 3))] if pool != "maximum" else []
+        parts += [maps.amax((2, 3))] if pool != "average" else []
+    assert found.shape == (2, blocks * (8 + 16)) == (2, linear_inputs(features, 1 / 16))
+    assert torch.equal(found, torch.cat(parts, 1))
+    with torch.inference_mode():
+        assert torch.equal(net(images), net.classifier(found))
+
+
+def test_a_linear_head_of_several_scales_has_a_weight_for_each_scales_values():
+    net = build_net("D", classes=3, head="linear", features=Features(groups=(4,), scales=(64, 96)), width=1 / 16)
+
+    assert net.classifier[0].in_features == 2 * 2 * 32
+    assert [name for name, _ in net.named_parameters()][-2:] == ["classifier.0.weight", "classifier.0.bias"]

@@ -81,6 +81,32 @@ CHANGES = [
     ("channels_last",    "[train]\nchannels_last = false", "", ALL),
     ("compile",          "[train]\ncompile = true", "", ALL),
     ("all_reduce",       '[train]\nall_reduce = "bf16"', "", ALL),
+    ("optimiser",        '[train]\noptimiser = "adamw"', "", ALL),
+    ("decay_biases",     "[train]\ndecay_biases = false", "", ALL),
+    ("layer_decay",      "[train]\nlayer_decay = 0.8", "", ALL),
+    ("rule",             '[train]\nrule = "cosine"', "", ALL),
+    ("warmup_epochs",    "[train]\nwarmup_epochs = 2", "", ALL),
+    ("final_learning_rate", '[train]\nrule = "cosine"\nfinal_learning_rate = 1e-4', "", ALL),
+    ("label_smoothing",  "[train]\nlabel_smoothing = 0.1", "", ALL),
+    ("balance",          "[train]\nbalance = 0.5", "", ALL),
+    ("class_weights",    '[train]\nclass_weights = "balanced"', "", ALL),
+    ("class_weights",    "[train]\nclass_weights = { cat = 2 }", "", ALL),
+    ("average",          "[train]\naverage = 3", "", ALL),
+    ("view",             'augment = { view = "whole" }', "scale = 384", {"D-384"}),
+    ("flip_vertical",    "[augment]\nflip_vertical = true", "", ALL),
+    ("quarter_turns",    "[augment]\nquarter_turns = true", "", ALL),
+    ("area",             "augment = { area = [0.08, 1.0] }", "scale = 384", {"D-384"}),
+    ("aspect",           "augment = { area = [0.08, 1.0], aspect = [0.5, 2.0] }", "scale = 384", {"D-384"}),
+    ("mixup",            "[augment]\nmixup = 0.2", "", ALL),
+    ("erase",            "[augment]\nerase = 0.25", "", ALL),
+    ("freeze",           "freeze = 1\nlearning_rate = 1e-3", "learning_rate = 1e-3", {"D-384"}),
+    ("mean",             'mean = "weights"\nlearning_rate = 1e-3', "learning_rate = 1e-3", {"D-384"}),
+    ("features",         '[net]\nhead = "linear"\nfeatures = { groups = [3] }', "", ALL),
+    ("fit",              'fit = "logistic"\nhead = "linear"', "learning_rate = 1e-3\nmax_epochs = 20", {"D-384"}),
+    ("crop",             "crop = 192\nlearning_rate = 1e-3", "learning_rate = 1e-3", {"D-384"}),
+    ("standardise",      "standardise = true\nlearning_rate = 1e-3", "learning_rate = 1e-3", {"D-384"}),
+    ("flip",             "augment = { flip = false }\nlearning_rate = 1e-3", "learning_rate = 1e-3", {"D-384"}),
+    ("momentum",         "momentum = 0.8\nlearning_rate = 1e-3", "learning_rate = 1e-3", {"D-384"}),
     ("net",              'net = "A-LRN"', 'net = "A"', ALL),
     ("scale",            "scale = [256, 288]\ninit_from = \"A-256\"", 'scale = 256\ninit_from = "A-256"', {"D-256", "D-384"}),
     ("learning_rate",    "learning_rate = 2e-3", "learning_rate = 1e-3", {"D-384"}),
@@ -119,8 +145,82 @@ def test_a_setting_that_came_later_leaves_the_keys_of_who_does_not_use_it():
 def test_every_setting_of_a_stage_is_in_the_table_above_or_exempt_by_name():
     tried = {field for field, _, _, _ in CHANGES}
 
-    assert set(Stage.model_fields) == tried & set(Stage.model_fields)
-    assert {field for field, _, _, changed in CHANGES if not changed} >= EXEMPT - {"init_from"}
+    assert set(Stage.model_fields) - {"weights_digest"} == tried & set(Stage.model_fields)
+    assert {field for field, _, _, changed in CHANGES if not changed} >= EXEMPT - {"init_from", "weights_digest"}
+
+
+LINEAR = """
+[[stage]]
+name = "linear"
+net = "D"
+head = "linear"
+features = { groups = [3, 4], scales = [96, 160] }
+fit = "logistic"
+init_from = "weights:keras/vgg16"
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        'optimiser = "adamw"', "learning_rate = 0.1", "global_batch = 7", "max_epochs = 3", "weight_decay = 0.1",
+        "label_smoothing = 0.1", 'rule = "cosine"', "balance = 0.5", "average = 2",
+    ],
+)  # fmt: skip
+def test_a_logistic_fits_key_holds_what_can_change_its_one_layer_and_nothing_else(change):
+    def key(more: str, old: str = "", new: str = "", digest: str = "d" * 32) -> str:
+        stages = [stage for stage in stages_of(RECIPE + LINEAR.replace(old, new) + more) if stage.name == "linear"]
+        looked_up = [stage.model_copy(update={"weights_digest": digest}) for stage in stages]
+        return stage_keys(looked_up, classes=CLASSES, fingerprint=FINGERPRINT)["linear"]
+
+    assert key("[train]\n" + change) == key("") == key('[net]\ndropout = 0.1\ncrop = 192\n[augment]\nflip = false')
+    others = [
+        key("", "[96, 160]", "[96]"), key("", "[3, 4]", "[4]"), key("", 'net = "D"', 'net = "E"'), key("", digest="e" * 32),
+        key('[train]\nclass_weights = "balanced"'), key('[train]\nprecision = "bf16"'),
+    ]  # fmt: skip
+    assert len({key(""), *others}) == 7
+
+
+def test_published_weights_count_as_the_parent_by_their_digest_and_not_by_their_name():
+    def key(name: str, digest: str) -> str:
+        text = RECIPE.replace('init_from = "A-256"', f'init_from = "weights:{name}"')
+        stages = [stage.model_copy(update={"weights_digest": digest}) for stage in stages_of(text)]
+        return stage_keys(stages, classes=CLASSES, fingerprint=FINGERPRINT)["D-256"]
+
+    assert key("keras/vgg16", "d" * 32) == key("mine", "d" * 32)
+    assert key("mine", "d" * 32) != key("mine", "e" * 32)
+
+
+def test_stages_of_one_recipe_differ_in_head_width_crop_views_and_optimiser():
+    text = RECIPE + LINEAR + """
+[[stage]]
+name = "narrow"
+net = "A"
+width = 0.125
+crop = 64
+dropout = 0.0
+initialise = "he"
+standardise = true
+augment = { view = "whole", flip_vertical = true }
+optimiser = "adamw"
+rule = "cosine"
+global_batch = 16
+max_epochs = 38
+"""
+    stages = {stage.name: stage for stage in stages_of(text)}
+    narrow, linear, plain = stages["narrow"], stages["linear"], stages["D-384"]
+
+    assert (narrow.width, narrow.crop, narrow.scale, narrow.view, narrow.flip) == (0.125, 64, (64, 64), "whole", True)
+    assert (narrow.optimiser, narrow.rule, narrow.global_batch, narrow.standardise) == ("adamw", "cosine", 16, True)
+    assert linear.head == "linear"
+    assert linear.features.scales == linear.scale == linear.default_test_scales == (96, 160)
+    assert (plain.width, plain.crop, plain.scale, plain.view, plain.optimiser) == (1.0, 224, (384, 384), "crop", "sgd")
+
+
+def test_random_areas_are_validated_at_the_papers_ratio_of_picture_to_crop():
+    text = RECIPE.replace("scale = 384", "augment = { area = [0.08, 1.0] }")
+
+    assert {stage.name: stage.scale for stage in stages_of(text)}["D-384"] == (256, 256)     # 224 * 256 / 224
 
 
 def test_other_pictures_or_another_order_of_classes_are_another_stage():
