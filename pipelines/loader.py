@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from pipelines import graph
+from pipelines.after_crop import after_crop
 from pipelines.cache import DecodedCache
 from pipelines.colour import Colour
 from pipelines.manifest import Pictures
 from pipelines.plan import (
     Integers,
+    View,
     ViewRule,
     Views,
     batches_per_epoch,
     centre_views,
+    epoch_order,
     full_views,
-    permutation,
     share,
     views,
     window,
@@ -103,7 +105,7 @@ class TrainLoader:
         be read any more.
         """
         rule, total = self.rule, len(self.pictures.paths)
-        order = permutation(rule, epoch, total)
+        order = epoch_order(rule, epoch, self.pictures.labels)
         plans = []
         for index in range(first_batch, batches_per_epoch(total, rule.global_batch)):
             size = min(rule.global_batch, total - index * rule.global_batch)
@@ -117,15 +119,20 @@ class TrainLoader:
             some = np.arange(number * span, min((number + 1) * span, total))
             return views(rule, self.pictures, self.colour, epoch, some, order)
 
-        def view_columns(places: Integers) -> Columns:
+        def rows_of(places: Integers) -> Views:
             number = int(places[0]) // span  # a batch lies in one span
-            columns = columns_of(self.pictures, rows_of_span(number)[places - number * span], self.colour.mean, self.cache)
+            return rows_of_span(number)[places - number * span]
+
+        def view_columns(places: Integers) -> Columns:
+            columns = columns_of(self.pictures, rows_of(places), self.colour.mean, self.cache)
             return tuple(columns[name] for name in (graph.CACHED_VIEW_COLUMNS if self.cache else graph.VIEW_COLUMNS))
 
         made = self.feed.batches(positions, view_columns)
+        shares = iter(positions)
         for index, size, start, stop in plans:
             if start < stop:
                 images, found = next(made)
+                images = after_crop(images, rows_of(next(shares)))
             else:  # DALI takes no empty batch
                 images = torch.zeros((0, 3, rule.crop, rule.crop), device=self.device)
                 found = np.zeros(0, np.int64)
@@ -146,6 +153,7 @@ class TrainLoader:
 class TestLoader:
     """Test views of pictures in any number: centre crops, or whole pictures, at any test scale Q (Sec. 3.2).
 
+    view: "whole" brings both sides of a picture to Q (what plan.View means in training).
     standardise: also divide by the training set's deviation; device: "cpu" or "cuda:<n>"; threads: DALI's CPU threads.
     """
 
@@ -160,9 +168,11 @@ class TestLoader:
         device: str,
         threads: int,
         cache: DecodedCache | None = None,
+        view: View = "crop",
     ) -> None:
         self.pictures = pictures
         self.colour = colour
+        self.view: View = view
         self.cache = Cached(cache, pictures) if cache is not None else None
         self.deviation = deviation(colour, standardise)
         self.device = torch.device(device)
@@ -178,7 +188,7 @@ class TestLoader:
         assert test_scale >= crop, f"test scale {test_scale} is below the crop {crop}"
 
         def centre_columns(indices: Integers) -> Columns:
-            rows = centre_views(self.pictures, indices, test_scale, crop)
+            rows = centre_views(self.pictures, indices, test_scale, crop, self.view)
             columns = columns_of(self.pictures, rows, self.colour.mean, self.cache)
             return tuple(columns[name] for name in (graph.CACHED_CENTRE_COLUMNS if self.cache else graph.CENTRE_COLUMNS))
 
@@ -186,18 +196,18 @@ class TestLoader:
         return self.read(self.feed(crop, batch), chunks(indices, batch), centre_columns)
 
     def whole(self, test_scale: int, batch: int, start: int = 0, stop: int | None = None) -> Iterator[TestBatch]:
-        """Whole pictures at shorter side Q = test_scale of pictures [start, stop), at most `batch` at a time.
+        """Pictures [start, stop) uncropped at shorter side Q = test_scale ("whole": both sides), at most `batch` at a time.
 
         Pictures of one rescaled size h x w come together, so not in order: indices say which they are. Otherwise as
         `centre`, with images (n, 3, h, w).
         """
         indices = np.arange(len(self.pictures.paths))[start:stop]
-        rows = full_views(self.pictures, indices, test_scale)
+        rows = full_views(self.pictures, indices, test_scale, self.view)
         sizes = np.stack([rows.scaled_h, rows.scaled_w], axis=1)
         groups = [indices[(sizes == size).all(axis=1)] for size in np.unique(sizes, axis=0)]
 
         def whole_columns(indices: Integers) -> Columns:
-            rows = full_views(self.pictures, indices, test_scale)
+            rows = full_views(self.pictures, indices, test_scale, self.view)
             size = np.stack([rows.scaled_h, rows.scaled_w], axis=1).astype(np.float32)
             if self.cache is not None:
                 return self.cache.whole(indices), indices, self.cache.sizes(indices), size

@@ -5,11 +5,12 @@ view is the same for any number of workers, from any iteration on, and can be pr
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.balance import balanced_pictures
 from vggcore.counter_hash import hash64, normals, uniforms
 
 if TYPE_CHECKING:
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from pipelines.manifest import Pictures
 
 Integers = NDArray[np.int64]
+View = Literal["crop", "whole"]  # a window of the picture, or all of it, both sides brought to S (aspect not kept)
 
 
 @dataclass(frozen=True)
 class ViewRule:
-    """What decides a stage's training views, the pictures apart (Sec. 3.1)."""
+    """What decides a stage's training views, the pictures apart (Sec. 3.1; what has a default is not the paper's)."""
 
     seed: int
     net: str
@@ -30,11 +32,18 @@ class ViewRule:
     flip: bool  # mirror half of the views
     colour: float  # deviation of the three colour strengths; 0: no shift
     global_batch: int  # pictures an iteration, over all workers
+    view: View = "crop"
+    flip_vertical: bool = False  # turn half of the views upside down
+    quarter_turns: bool = False  # turn each view by 0 to 3 quarters
+    balance: float = 0.0  # 0: classes as they are; 1: equal numbers of views of each class (pipelines/balance.py)
 
 
 @dataclass(frozen=True)
 class Views:
-    """N views, one row each: a picture, rescaled so that its shorter side is S, and the crop taken from that."""
+    """N views, one row each: a picture, rescaled so that its shorter side is S, and the crop taken from that.
+
+    What is done to the crop afterwards stands in columns that are None where no view has it.
+    """
 
     crop: int  # pixels, both sides, the same in all rows
     picture: Integers  # (N,) row in Pictures
@@ -46,14 +55,17 @@ class Views:
     offset_x: Integers  # (N,)
     mirror: NDArray[np.int32]  # (N,) 1: left and right exchanged
     shift: NDArray[np.float64]  # (N, 3) RGB, added to every pixel, in levels 0..255
+    upside_down: Integers | None = None  # (N,) 1: top and bottom exchanged, after the mirror
+    turns: Integers | None = None  # (N,) 0..3 quarter turns counterclockwise, after both
 
     def __len__(self) -> int:
         return len(self.picture)
 
     def __getitem__(self, rows: slice | Integers) -> "Views":
         """The views of these rows."""
-        columns = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "crop"}
-        return Views(crop=self.crop, **columns)
+        every: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "crop"}
+        chosen: dict[str, Any] = {name: None if column is None else column[rows] for name, column in every.items()}
+        return Views(crop=self.crop, **chosen)
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,20 @@ class Window:
     roi_end: NDArray[np.float32]  # (N, 2) of its lower right corner
 
 
-def permutation(rule: ViewRule, epoch: int, n: int) -> Integers:
-    """The order in which epoch number `epoch` sees n pictures: (n,) rows, each once."""
-    order = hash64("permutation", rule.seed, rule.net, *rule.scale, epoch, np.arange(n, dtype=np.int64))
-    return np.argsort(order, kind="stable").astype(np.int64)
+def epoch_order(rule: ViewRule, epoch: int, labels: Integers) -> Integers:
+    """The order in which epoch number `epoch` sees pictures of these classes, (n,): n rows, each once.
+
+    With a balance rows may come several times or not at all (pipelines/balance.py); there are n all the same.
+    """
+    stage = (rule.seed, rule.net, *rule.scale)
+    if rule.balance == 0:
+        pictures = np.arange(len(labels), dtype=np.int64)
+        return pictures[np.argsort(hash64("permutation", *stage, epoch, pictures), kind="stable")]
+    pictures = balanced_pictures(labels, rule.balance, epoch, hash64("balance", *stage))
+    again = np.arange(len(pictures)) - np.searchsorted(pictures, pictures)  # (n,) 0 at a row's first place, then 1, ...
+    once_more = hash64("permutation again", *stage, epoch, pictures, again)
+    order = np.where(again == 0, hash64("permutation", *stage, epoch, pictures), once_more)
+    return pictures[np.argsort(order, kind="stable")]
 
 
 def batches_per_epoch(n: int, global_batch: int) -> int:
@@ -90,6 +112,18 @@ def scaled_side(side: Integers, short: Integers, scale: Integers | int) -> Integ
     return scaled
 
 
+def scaled_sides(
+    pictures: "Pictures", indices: Integers, scale: Integers | int, view: View
+) -> tuple[Integers, Integers]:
+    """Heights and widths, (N,), of these pictures at `scale`: their shorter side ("crop"), or both ("whole")."""
+    height, width = pictures.heights[indices], pictures.widths[indices]
+    if view == "whole":
+        both = np.zeros_like(height) + scale
+        return both, both
+    short = np.minimum(height, width)
+    return scaled_side(height, short, scale), scaled_side(width, short, scale)
+
+
 def views(
     rule: ViewRule,
     pictures: "Pictures",
@@ -100,17 +134,15 @@ def views(
 ) -> Views:
     """The views at these positions, (N,) >= 0, of epoch number `epoch` (Sec. 3.1).
 
-    order: permutation(rule, epoch, number of pictures), where it is at hand; worked out if not given.
+    order: epoch_order(rule, epoch, labels), where it is at hand; worked out if not given.
     """
     if order is None:
-        order = permutation(rule, epoch, len(pictures.paths))
+        order = epoch_order(rule, epoch, pictures.labels)
     low, high = rule.scale
     key = hash64("view", rule.seed, rule.net, low, high, epoch)
     picture = order[positions]
-    height, width = pictures.heights[picture], pictures.widths[picture]
-    short = np.minimum(height, width)
     scale = low + whole(uniforms(key, positions, "scale") * (high - low + 1))
-    scaled_h, scaled_w = scaled_side(height, short, scale), scaled_side(width, short, scale)
+    scaled_h, scaled_w = scaled_sides(pictures, picture, scale, rule.view)
     return Views(
         crop=rule.crop,
         picture=picture,
@@ -122,6 +154,8 @@ def views(
         offset_x=whole(uniforms(key, positions, "offset_x") * (scaled_w - rule.crop + 1)),
         mirror=(uniforms(key, positions, "mirror") < 0.5 if rule.flip else np.zeros(len(picture))).astype(np.int32),
         shift=colour_shift(colour, rule.colour * normals(key, positions[:, np.newaxis], "colour", np.arange(3))),
+        upside_down=whole(uniforms(key, positions, "flip_vertical") * 2) if rule.flip_vertical else None,
+        turns=whole(uniforms(key, positions, "quarter_turns") * 4) if rule.quarter_turns else None,
     )
 
 
@@ -141,24 +175,25 @@ def colour_shift(colour: "Colour", strength: NDArray[np.float64]) -> NDArray[np.
     return shift
 
 
-def centre_views(pictures: "Pictures", indices: Integers, test_scale: int, crop: int) -> Views:
-    """The centre crops of these pictures, (N,) rows, at shorter side `test_scale` Q; offset (n - crop) // 2 (ours)."""
-    rows = full_views(pictures, indices, test_scale)
+def centre_views(
+    pictures: "Pictures", indices: Integers, test_scale: int, crop: int, view: View = "crop"
+) -> Views:
+    """The centre crops of these pictures, (N,) rows, at `test_scale` Q, see full_views; offset (n - crop) // 2 (ours)."""
+    rows = full_views(pictures, indices, test_scale, view)
     return replace(rows, crop=crop, offset_y=(rows.scaled_h - crop) // 2, offset_x=(rows.scaled_w - crop) // 2)
 
 
-def full_views(pictures: "Pictures", indices: Integers, test_scale: int) -> Views:
-    """These pictures, (N,) rows, whole and uncropped (crop 0) at shorter side `test_scale` (Q) (Sec. 3.2)."""
-    height, width = pictures.heights[indices], pictures.widths[indices]
-    short = np.minimum(height, width)
+def full_views(pictures: "Pictures", indices: Integers, test_scale: int, view: View = "crop") -> Views:
+    """These pictures, (N,) rows, uncropped (crop 0), at `test_scale` Q: their shorter side (Sec. 3.2), or both ("whole")."""
+    scaled_h, scaled_w = scaled_sides(pictures, indices, test_scale, view)
     none = np.zeros(len(indices), np.int64)
     return Views(
         crop=0,
         picture=indices,
         label=pictures.labels[indices],
         scale=np.full(len(indices), test_scale, np.int64),
-        scaled_h=scaled_side(height, short, test_scale),
-        scaled_w=scaled_side(width, short, test_scale),
+        scaled_h=scaled_h,
+        scaled_w=scaled_w,
         offset_y=none,
         offset_x=none,
         mirror=none.astype(np.int32),

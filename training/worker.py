@@ -21,7 +21,7 @@ import torch
 from pipelines.cache import cache_folder, open_cache
 from pipelines.loader import Batch, TrainLoader
 from pipelines.manifest import Manifest, read_manifest
-from pipelines.plan import batches_per_epoch, permutation
+from pipelines.plan import batches_per_epoch
 from training.checkpoint import Checkpoint, CheckpointWriter, Progress, newest_checkpoint, read_checkpoint, set_aside
 from training.history import HistoryWriter, cut_history
 from training.learner import Learner, set_up_torch
@@ -323,9 +323,7 @@ class StageTraining:
         if batch is not None and len(batch.labels):
             losses = self.learner.each_loss(batch, iteration - 1)
             bad = (~losses.isfinite()).nonzero().flatten().tolist()
-            order = permutation(view_rule(self.stage), self.progress.epoch, len(self.train.paths))
-            first = batch.index * self.stage.global_batch
-            names = [str(self.train.paths[order[first + int(batch.rows[row])]]) for row in bad]
+            names = [str(self.train.paths[batch.pictures[row]]) for row in bad]
         which = f" for {len(names)} pictures, {', '.join(map(repr, names[:MOST_NAMED]))}" if names else ""
         return TrainingError(
             f"stage {self.stage.name!r}: the loss at iteration {iteration} (epoch {self.progress.epoch + 1}) is"

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from pipelines import graph
+from pipelines.after_crop import after_crop
 from pipelines.colour import Colour
 from pipelines.loader import TestLoader, columns_of
 from pipelines.manifest import Pictures
@@ -56,7 +58,7 @@ def shown(pictures: Pictures, rows: Views, mean=(0, 0, 0), deviation=None) -> ND
         return tuple(columns[name] for name in graph.VIEW_COLUMNS)
 
     pipeline = graph.build(graph.train_graph, source, "cpu", batch=1, threads=1, crop=rows.crop, deviation=deviation)
-    images = np.array(pipeline.run()[0].as_array())
+    images = after_crop(torch.from_numpy(np.array(pipeline.run()[0].as_array())), rows).numpy()
     assert images.shape == (1, 3, rows.crop, rows.crop)
     assert images.dtype == np.float32
     return images[0].transpose(1, 2, 0)
@@ -111,6 +113,79 @@ def test_a_bright_corner_is_where_it_was_and_mirrored_where_it_was_not(tmp_path,
     assert set(bright[:, 0]) <= set(expected) and set(bright[:, 1]) <= set(expected) and len(bright) >= 49
     assert np.array_equal(mirrored, image[:, ::-1])
     assert not np.array_equal(mirrored, image)
+
+
+@pytest.mark.parametrize(
+    ("mirror", "upside_down", "turns", "corner"),
+    [
+        (0, 0, 0, "upper left"),
+        (1, 0, 0, "upper right"),
+        (0, 1, 0, "lower left"),
+        (1, 1, 0, "lower right"),
+        (0, 0, 1, "lower left"),  # counterclockwise
+        (0, 0, 2, "lower right"),
+        (0, 0, 3, "upper right"),
+        (1, 0, 1, "upper left"),  # mirrored first
+        (0, 1, 1, "lower right"),
+        (0, 1, 2, "upper right"),
+        (1, 1, 3, "lower left"),
+    ],
+)
+def test_a_bright_corner_goes_where_flips_and_quarter_turns_take_it(tmp_path, mirror, upside_down, turns, corner):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:8, :4] = 255  # so that a turn is told from a flip
+    pictures = save(tmp_path, pixels)
+    rows = replace(
+        view(pictures, 64, 64, y=0, x=0, mirror=mirror), upside_down=np.array([upside_down]), turns=np.array([turns])
+    )
+
+    image = shown(pictures, rows)
+
+    high, wide = (4, 8) if turns % 2 else (8, 4)
+    expected = np.zeros((64, 64, 3), np.float32)
+    down, right = corner.split()
+    vertical = slice(high) if down == "upper" else slice(-high, None)
+    expected[vertical, slice(wide) if right == "left" else slice(-wide, None)] = 255
+    assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("size", [(90, 120), (120, 90), (7, 7), (1, 5000), (5000, 1), (64, 64)])
+def test_a_whole_view_is_the_picture_squeezed_to_a_square_as_pillow_does_it(tmp_path, size):
+    large = Image.fromarray(load_sample_image("china.jpg")).resize(size[::-1], Image.Resampling.BICUBIC)
+    pictures = save(tmp_path, np.asarray(large))
+    rows = centre_views(pictures, np.array([0]), 64, 64, "whole")
+
+    difference = np.abs(shown(pictures, rows) - by_pillow(large, rows))
+
+    assert difference[2:-2, 2:-2].max() <= 1
+    assert np.mean(difference > 1) < 0.03  # at the edge DALI clamps where Pillow renormalises
+
+
+def test_a_whole_view_of_ramps_shows_both_sides_to_their_ends(tmp_path):
+    rows, columns = np.mgrid[0:128, 0:256]
+    pictures = save(tmp_path, np.stack([columns, 2 * rows, np.zeros_like(rows)], axis=2).astype(np.uint8))
+
+    image = shown(pictures, centre_views(pictures, np.array([0]), 64, 64, "whole"))
+
+    place = np.arange(64)
+    np.testing.assert_allclose(image[2:-2, 2:-2, 0], np.broadcast_to(4 * place + 1.5, (64, 64))[2:-2, 2:-2], atol=1)
+    np.testing.assert_allclose(image[2:-2, 2:-2, 1], np.broadcast_to((4 * place + 1)[:, None], (64, 64))[2:-2, 2:-2], atol=1)
+
+
+def test_squeezed_test_views_are_the_middle_of_the_squeezed_picture(tmp_path):
+    pictures = save(tmp_path, load_sample_image("flower.jpg"))  # 427 x 640
+    loader = TestLoader(pictures, NO_COLOUR, standardise=False, device="cpu", threads=1, view="whole")
+    squeezed = Image.open(tmp_path / "picture.png").resize((96, 96), Image.Resampling.BILINEAR)
+
+    whole, _, _ = next(loader.whole(96, 4))
+    centre, _, _ = next(loader.centre(96, 64, 4))
+    exact, _, _ = next(loader.centre(96, 96, 4))
+
+    assert whole.shape == exact.shape == (1, 3, 96, 96)
+    difference = np.abs(whole[0].numpy().transpose(1, 2, 0) - np.asarray(squeezed, np.float32))
+    assert difference[2:-2, 2:-2].max() <= 1
+    assert np.abs(whole[:, :, 16:80, 16:80].numpy() - centre.numpy()).max() <= 1
+    assert (whole - exact).abs().max() <= 1
 
 
 def test_the_colour_shift_is_added_to_every_pixel(tmp_path):

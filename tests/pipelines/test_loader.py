@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_image
 from pipelines.colour import Colour
 from pipelines.loader import Batch, TestLoader, TrainLoader
 from pipelines.manifest import Pictures
-from pipelines.plan import ViewRule, permutation
+from pipelines.plan import ViewRule, epoch_order
 from vggcore.errors import DatasetError
 
 COLOUR = Colour(
@@ -240,7 +240,7 @@ def test_a_broken_picture_in_a_large_batch_does_not_kill_the_process(photographs
 def test_batches_before_a_broken_picture_are_still_given(photographs):
     loader = train_loader(photographs)
     whole = list(loader.epoch(0))
-    last = photographs.root / photographs.paths[permutation(RULE, 0, 23)[-1]]
+    last = photographs.root / photographs.paths[epoch_order(RULE, 0, photographs.labels)[-1]]
     last.unlink()
     given = []
 

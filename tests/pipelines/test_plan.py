@@ -14,8 +14,8 @@ from pipelines.plan import (
     Views,
     batches_per_epoch,
     centre_views,
+    epoch_order,
     full_views,
-    permutation,
     scaled_side,
     share,
     views,
@@ -30,6 +30,7 @@ COLOUR = Colour(
     axes=np.array([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]]),
     eigenvalues=np.array([0.2, 0.02, 0.004]),
 )
+EVERYTHING = {"view": "whole", "scale": (224, 224), "flip_vertical": True, "quarter_turns": True, "balance": 0.5}
 
 # Frozen on 2026-11-24: if one of these changes, every run of every user changes.
 FROZEN_HASH = [2602221277231203895, 2119880671029686662, 7325768603044359780]
@@ -67,6 +68,7 @@ def pictures_of(sizes: list[tuple[int, int]]) -> Pictures:
     )
 
 
+ONE_CLASS = np.zeros(1000, np.int64)
 MANY = pictures_of([(300 + 7 * number % 900, 300 + 11 * number % 700) for number in range(2000)])
 
 
@@ -81,19 +83,20 @@ def test_draws_are_the_frozen_ones():
 
 
 def test_the_permutation_is_the_frozen_one():
-    assert permutation(RULE, 0, 12).tolist() == FROZEN_ORDER
-    assert permutation(RULE, 1, 12).tolist() == FROZEN_NEXT_ORDER
+    assert epoch_order(RULE, 0, ONE_CLASS[:12]).tolist() == FROZEN_ORDER
+    assert epoch_order(RULE, 1, ONE_CLASS[:12]).tolist() == FROZEN_NEXT_ORDER
 
 
 def test_views_are_the_frozen_ones():
     rows = views(RULE, MANY, COLOUR, 3, np.arange(4))
 
-    found = {field.name: getattr(rows, field.name).tolist() for field in fields(Views) if field.name != "crop"}
-    assert found == FROZEN_VIEWS
+    found = {field.name: getattr(rows, field.name) for field in fields(Views) if field.name != "crop"}
+    assert {name: found[name].tolist() for name in FROZEN_VIEWS} == FROZEN_VIEWS
+    assert all(found[name] is None for name in found.keys() - FROZEN_VIEWS.keys()), "what came later is off by default"
 
 
 def test_each_epoch_sees_every_picture_once_in_an_order_of_its_own():
-    first, second = permutation(RULE, 0, 1000), permutation(RULE, 1, 1000)
+    first, second = epoch_order(RULE, 0, ONE_CLASS[:1000]), epoch_order(RULE, 1, ONE_CLASS[:1000])
 
     assert sorted(first) == sorted(second) == list(range(1000))
     assert np.mean(first == second) < 0.01
@@ -103,7 +106,7 @@ def test_each_epoch_sees_every_picture_once_in_an_order_of_its_own():
 def test_the_order_follows_the_stage(change):
     other = replace(RULE, **change)
 
-    assert np.mean(permutation(RULE, 0, 1000) == permutation(other, 0, 1000)) < 0.01
+    assert np.mean(epoch_order(RULE, 0, ONE_CLASS[:1000]) == epoch_order(other, 0, ONE_CLASS[:1000])) < 0.01
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 6, 7, 8, 256])
@@ -120,11 +123,12 @@ def test_the_last_short_batch_counts():
     assert [batches_per_epoch(n, 256) for n in (1, 255, 256, 257, 512)] == [1, 1, 1, 2, 2]
 
 
-def test_a_view_does_not_depend_on_which_others_are_asked_for():
-    together = views(RULE, MANY, COLOUR, 5, np.arange(100, 164))
+@pytest.mark.parametrize("rule", [RULE, replace(RULE, **EVERYTHING)])
+def test_a_view_does_not_depend_on_which_others_are_asked_for(rule):
+    together = views(rule, MANY, COLOUR, 5, np.arange(100, 164))
 
     for position in (100, 131, 163):
-        alone = views(RULE, MANY, COLOUR, 5, np.array([position]))
+        alone = views(rule, MANY, COLOUR, 5, np.array([position]))
         among = together[np.array([position - 100])]
         for field in fields(Views):
             assert np.array_equal(getattr(alone, field.name), getattr(among, field.name)), field.name
@@ -203,6 +207,33 @@ def test_a_whole_picture_keeps_its_shape():
 
     assert rows.scaled_h.tolist() == [3200, 32]
     assert rows.scaled_w.tolist() == [32, 43]
+
+
+def test_a_squeezed_picture_has_two_sides_of_that_length():
+    pictures = pictures_of([(300, 400), (1, 5000), (7, 7)])
+    full = full_views(pictures, np.arange(3), 96, "whole")
+    centre = centre_views(pictures, np.arange(3), 96, 64, "whole")
+    trained = views(replace(RULE, view="whole", scale=(64, 64), crop=64), pictures, COLOUR, 0, np.arange(3))
+
+    assert full.scaled_h.tolist() == full.scaled_w.tolist() == centre.scaled_h.tolist() == centre.scaled_w.tolist() == [96] * 3
+    assert centre.offset_y.tolist() == centre.offset_x.tolist() == [16] * 3
+    assert trained.scaled_h.tolist() == trained.scaled_w.tolist() == [64] * 3
+    assert not trained.offset_y.any() and not trained.offset_x.any()
+    where = window(trained, pictures.heights[trained.picture], pictures.widths[trained.picture])
+    assert not where.start.any() and not where.roi_start.any()
+    assert where.roi_end.tolist() == [[float(n) for n in side] for side in where.end.tolist()]
+
+
+def test_half_of_the_views_are_upside_down_and_a_quarter_each_turned_by_their_own_draws():
+    rows = views(replace(RULE, flip_vertical=True, quarter_turns=True), MANY, COLOUR, 0, np.arange(2000))
+    plain = views(RULE, MANY, COLOUR, 0, np.arange(2000))
+
+    assert np.bincount(rows.upside_down).tolist() == pytest.approx([1000] * 2, rel=0.08)
+    assert np.bincount(rows.turns).tolist() == pytest.approx([500] * 4, rel=0.12)
+    together = np.array([rows.mirror, rows.upside_down, rows.turns % 2, rows.turns // 2])
+    assert np.all(np.abs(np.corrcoef(together) - np.eye(4)) < 0.08)
+    for name in FROZEN_VIEWS:
+        assert np.array_equal(getattr(rows, name), getattr(plain, name)), "the draws that were there before are as they were"
 
 
 def test_the_window_of_a_halved_picture():

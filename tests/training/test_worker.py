@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines.loader import Batch
-from pipelines.plan import permutation
+from pipelines.plan import epoch_order
 from pipelines.scan import scan
 from tests.pipelines.photo_folders import make_photo_folder
 from training.checkpoint import iterations_on_disk
@@ -303,7 +303,7 @@ def test_a_stop_during_validation_keeps_the_epoch_and_validates_again(world, tmp
 def test_a_picture_that_breaks_ends_the_epoch_at_its_batch_and_is_named(world):
     part = training(world)
     part.folder.mkdir(parents=True, exist_ok=True)
-    second = permutation(view_rule(part.stage), 0, len(part.train.paths))[part.stage.global_batch]
+    second = epoch_order(view_rule(part.stage), 0, part.train.labels)[part.stage.global_batch]
     broken = part.train.root / str(part.train.paths[second])
     kept = broken.rename(broken.with_name("kept"))
 
