@@ -17,7 +17,7 @@ from deploy.scans import scan_data
 from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
 from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
 from pipelines.cache import DecodedCache, make_cache
-from pipelines.loader import TrainLoader
+from pipelines.loader import Batch, TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
@@ -317,12 +317,21 @@ def view_sheet(stage: Stage, manifest: Manifest) -> bytes:
     try:
         for batch in loader.epoch(0):
             images.append(batch.images.numpy() + np.array(colour.mean, np.float32)[:, None, None])
-            titles += [manifest.classes[label] for label in batch.labels.tolist()]
+            titles += batch_titles(batch, manifest.classes)
             if len(titles) >= SHEET_VIEWS:
                 break
     finally:
         loader.close()
     return charts.view_sheet(np.concatenate(images)[:SHEET_VIEWS], titles[:SHEET_VIEWS])
+
+
+def batch_titles(batch: Batch, classes: Sequence[str]) -> list[str]:
+    """Each view's class; with mixup both, and the first one's share in percent."""
+    titles = [classes[label] for label in batch.labels.tolist()]
+    if batch.mix is None or batch.partner_labels is None:
+        return titles
+    others = [classes[label] for label in batch.partner_labels.tolist()]
+    return [f"{100 * mix:.0f} {one} + {other}" for mix, one, other in zip(batch.mix.tolist(), titles, others, strict=True)]
 
 
 def registered_stage(recipe: Recipe, stages: Sequence[Stage], keys: dict[str, str], store: Store) -> Stage:

@@ -8,8 +8,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,27 @@ from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from pipelines import graph
-from pipelines.after_crop import after_crop
+from pipelines.after_crop import after_crop, mixed
 from pipelines.cache import DecodedCache
 from pipelines.colour import Colour
+from pipelines.epoch_views import EpochViews
 from pipelines.manifest import Pictures
 from pipelines.plan import (
     Integers,
-    View,
     ViewRule,
     Views,
     batches_per_epoch,
     centre_views,
-    epoch_order,
     full_views,
     share,
-    views,
+    weights,
     window,
 )
 from vggcore.errors import DatasetError
+from vggcore.recipe import View
 
 Columns = tuple[Any, ...]  # one batch of graph.VIEW_COLUMNS or graph.WHOLE_COLUMNS
 MakeColumns = Callable[[Integers], Columns]
-PLANNED_AT_ONCE = 4096  # views: planning has a fixed cost a call, about as much as 1,000 views
 TestBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -54,6 +52,10 @@ class Batch:
     pictures: Integers  # (n,) rows of the split
     size: int  # pictures of the global batch, over all workers
     index: int  # number of the batch within the epoch
+    # with mixup, each image is mix * a view of its picture + (1 - mix) * one of its partner; None without
+    mix: torch.Tensor | None = None  # (n,) float32, on the device
+    partner_labels: torch.Tensor | None = None  # (n,) int64, on the device
+    partners: Integers | None = None  # (n,) rows of the split
 
 
 class TrainLoader:
@@ -89,7 +91,7 @@ class TrainLoader:
                 graph.train_graph,
                 source,
                 device,
-                batch=max(longest_share, 1),
+                batch=max(longest_share, 1) * (2 if rule.mixup else 1),
                 threads=threads,
                 crop=rule.crop,
                 deviation=deviation(colour, standardise),
@@ -105,45 +107,47 @@ class TrainLoader:
         be read any more.
         """
         rule, total = self.rule, len(self.pictures.paths)
-        order = epoch_order(rule, epoch, self.pictures.labels)
+        planned = EpochViews(rule, self.pictures, self.colour, epoch)
         plans = []
         for index in range(first_batch, batches_per_epoch(total, rule.global_batch)):
             size = min(rule.global_batch, total - index * rule.global_batch)
-            plans.append((index, size, *share(size, self.rank, self.world_size)))
-        positions = [np.arange(start, stop) + index * rule.global_batch for index, _, start, stop in plans if start < stop]
-
-        span = rule.global_batch * max(PLANNED_AT_ONCE // rule.global_batch, 1)
-
-        @lru_cache(maxsize=2)
-        def rows_of_span(number: int) -> Views:
-            some = np.arange(number * span, min((number + 1) * span, total))
-            return views(rule, self.pictures, self.colour, epoch, some, order)
-
-        def rows_of(places: Integers) -> Views:
-            number = int(places[0]) // span  # a batch lies in one span
-            return rows_of_span(number)[places - number * span]
+            start, stop = share(size, self.rank, self.world_size)
+            plans.append((index, size, start, np.arange(start, stop) + index * rule.global_batch))
+        read = [planned.places(positions) for _, _, _, positions in plans if len(positions)]
 
         def view_columns(places: Integers) -> Columns:
-            columns = columns_of(self.pictures, rows_of(places), self.colour.mean, self.cache)
+            columns = columns_of(self.pictures, planned.rows(places), self.colour.mean, self.cache)
             return tuple(columns[name] for name in (graph.CACHED_VIEW_COLUMNS if self.cache else graph.VIEW_COLUMNS))
 
-        made = self.feed.batches(positions, view_columns)
-        shares = iter(positions)
-        for index, size, start, stop in plans:
-            if start < stop:
+        made = self.feed.batches(read, view_columns)
+        for index, size, start, positions in plans:
+            if len(positions):
                 images, found = next(made)
-                images = after_crop(images, rows_of(next(shares)))
+                images = after_crop(images, planned.rows(planned.places(positions)))
             else:  # DALI takes no empty batch
                 images = torch.zeros((0, 3, rule.crop, rule.crop), device=self.device)
                 found = np.zeros(0, np.int64)
-            yield Batch(
-                images=images,
-                labels=on_device(self.pictures.labels[found], self.device),
-                rows=torch.arange(start, stop, device=self.device),
-                pictures=found,
+            n = len(positions)
+            batch = Batch(
+                images=images[:n],
+                labels=on_device(self.pictures.labels[found[:n]], self.device),
+                rows=torch.arange(start, start + n, device=self.device),
+                pictures=found[:n],
                 size=size,
                 index=index,
             )
+            yield self.mixed(batch, images[n:], found[n:], weights(rule, epoch, positions)) if rule.mixup else batch
+
+    def mixed(self, batch: Batch, images: torch.Tensor, found: Integers, weight: NDArray[np.float32]) -> Batch:
+        """The batch with its partners' images, (n, 3, crop, crop), mixed in; found: (n,) the partners' rows of the split."""
+        mix = on_device(weight, self.device)
+        return replace(
+            batch,
+            images=mixed(batch.images, images, mix),
+            mix=mix,
+            partner_labels=on_device(self.pictures.labels[found], self.device),
+            partners=found,
+        )
 
     def close(self) -> None:
         """Lets the pipeline and its threads go; the loader cannot be used afterwards."""
@@ -375,7 +379,7 @@ def columns_of(pictures: Pictures, rows: Views, mean: NDArray[np.float64], cache
     }
 
 
-def on_device(numbers: Integers, device: torch.device) -> torch.Tensor:
+def on_device(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
     """Numbers as a tensor on the device; on a GPU from pinned memory, so that nobody waits for what the GPU still has to do."""
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -4,21 +4,26 @@ No random number is drawn while pictures are read. Every draw is a hash of (seed
 view is the same for any number of workers, from any iteration on, and can be printed, repeated and drawn by hand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.balance import balanced_pictures
+from pipelines.draws import erased_rectangles, mix_weights, random_regions, whole
 from vggcore.counter_hash import hash64, normals, uniforms
+from vggcore.recipe import View
 
 if TYPE_CHECKING:
     from pipelines.colour import Colour
     from pipelines.manifest import Pictures
 
 Integers = NDArray[np.int64]
-View = Literal["crop", "whole"]  # a window of the picture, or all of it, both sides brought to S (aspect not kept)
+
+
+ASPECT = (3 / 4, 4 / 3)  # of random-resized crops where none is given (Szegedy et al. 2015)
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,13 @@ class ViewRule:
     flip: bool  # mirror half of the views
     colour: float  # deviation of the three colour strengths; 0: no shift
     global_batch: int  # pictures an iteration, over all workers
-    view: View = "crop"
+    view: View = "crop"  # "whole": the picture with both sides brought to S, aspect not kept
     flip_vertical: bool = False  # turn half of the views upside down
     quarter_turns: bool = False  # turn each view by 0 to 3 quarters
+    area: tuple[float, float] | None = None  # share of the picture that becomes the crop; S has no effect then
+    aspect: tuple[float, float] | None = None  # its width to height; None: ASPECT
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which a view's weight beside its partner is drawn; 0: off
+    erase: float = 0.0  # probability of a rectangle that is set to the mean
     balance: float = 0.0  # 0: classes as they are; 1: equal numbers of views of each class (pipelines/balance.py)
 
 
@@ -42,7 +51,7 @@ class ViewRule:
 class Views:
     """N views, one row each: a picture, rescaled so that its shorter side is S, and the crop taken from that.
 
-    What is done to the crop afterwards stands in columns that are None where no view has it.
+    The last columns are None where the rule has no such thing.
     """
 
     crop: int  # pixels, both sides, the same in all rows
@@ -57,6 +66,8 @@ class Views:
     shift: NDArray[np.float64]  # (N, 3) RGB, added to every pixel, in levels 0..255
     upside_down: Integers | None = None  # (N,) 1: top and bottom exchanged, after the mirror
     turns: Integers | None = None  # (N,) 0..3 quarter turns counterclockwise, after both
+    erased: Integers | None = None  # (N, 4) top, left, height, width in the crop, set to the mean after all; 0 high: none
+    region: Integers | None = None  # (N, 4) top, left, height, width of what is rescaled, source pixels; None: all of it
 
     def __len__(self) -> int:
         return len(self.picture)
@@ -112,6 +123,15 @@ def scaled_side(side: Integers, short: Integers, scale: Integers | int) -> Integ
     return scaled
 
 
+def together(parts: Sequence[Views]) -> Views:
+    """Views of one rule, one part after another."""
+    columns: dict[str, Any] = {}
+    for name in (field.name for field in fields(Views) if field.name != "crop"):
+        values = [getattr(part, name) for part in parts]
+        columns[name] = None if values[0] is None else np.concatenate(values)
+    return Views(crop=parts[0].crop, **columns)
+
+
 def scaled_sides(
     pictures: "Pictures", indices: Integers, scale: Integers | int, view: View
 ) -> tuple[Integers, Integers]:
@@ -138,11 +158,44 @@ def views(
     """
     if order is None:
         order = epoch_order(rule, epoch, pictures.labels)
+    key = hash64("view", rule.seed, rule.net, *rule.scale, epoch)
+    return drawn(rule, pictures, colour, key, positions, order[positions])
+
+
+def partners(
+    rule: ViewRule,
+    pictures: "Pictures",
+    colour: "Colour",
+    epoch: int,
+    positions: Integers,
+    order: Integers | None = None,
+) -> Views:
+    """The views that mixup adds to those at these positions, (N,): of another place's picture, by draws of their own."""
+    if order is None:
+        order = epoch_order(rule, epoch, pictures.labels)
+    key = hash64("partner", rule.seed, rule.net, *rule.scale, epoch)
+    further = 1 + whole(uniforms(key, positions, "place") * (len(order) - 1))
+    return drawn(rule, pictures, colour, key, positions, order[(positions + further) % len(order)])
+
+
+def weights(rule: ViewRule, epoch: int, positions: Integers) -> NDArray[np.float32]:
+    """How much of each view at these positions mixup keeps, (N,) in 0..1; its partner has the rest."""
+    return mix_weights(rule.mixup, hash64("mix", rule.seed, rule.net, *rule.scale, epoch), positions)
+
+
+def drawn(
+    rule: ViewRule, pictures: "Pictures", colour: "Colour", key: NDArray[np.uint64], positions: Integers, picture: Integers
+) -> Views:
+    """Views of these pictures, (N,) rows, by what the key, a hash, draws at these positions, (N,)."""
     low, high = rule.scale
-    key = hash64("view", rule.seed, rule.net, low, high, epoch)
-    picture = order[positions]
     scale = low + whole(uniforms(key, positions, "scale") * (high - low + 1))
-    scaled_h, scaled_w = scaled_sides(pictures, picture, scale, rule.view)
+    region = None
+    if rule.area is None:
+        scaled_h, scaled_w = scaled_sides(pictures, picture, scale, rule.view)
+    else:
+        sizes = pictures.heights[picture], pictures.widths[picture]
+        region = random_regions(rule.area, rule.aspect or ASPECT, key, positions, *sizes)
+        scale = scaled_h = scaled_w = np.full(len(picture), rule.crop, np.int64)
     return Views(
         crop=rule.crop,
         picture=picture,
@@ -156,12 +209,9 @@ def views(
         shift=colour_shift(colour, rule.colour * normals(key, positions[:, np.newaxis], "colour", np.arange(3))),
         upside_down=whole(uniforms(key, positions, "flip_vertical") * 2) if rule.flip_vertical else None,
         turns=whole(uniforms(key, positions, "quarter_turns") * 4) if rule.quarter_turns else None,
+        erased=erased_rectangles(rule.erase, rule.crop, key, positions) if rule.erase else None,
+        region=region,
     )
-
-
-def whole(draws: NDArray[np.float64]) -> Integers:
-    """Draws >= 0, rounded down."""
-    return np.floor(draws).astype(np.int64)
 
 
 def colour_shift(colour: "Colour", strength: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -206,13 +256,15 @@ def window(rows: Views, heights: Integers, widths: Integers) -> Window:
 
     Along a side of n scaled pixels the crop covers [o*side/n, (o + crop)*side/n) of the source. It is decoded with a
     margin of ceil(side/n) + 1 pixels, the resampling filter's reach (less shows at large pictures), within the picture.
+    A random-resized crop is its region, in place of the whole picture; the filter sees what is around it.
     """
     side = np.stack([heights, widths], axis=1)  # (N, 2): y, x
     scaled = np.stack([rows.scaled_h, rows.scaled_w], axis=1)
     offset = np.stack([rows.offset_y, rows.offset_x], axis=1)
-    first = offset * side / scaled
-    last = first + rows.crop * side / scaled
-    margin = -(-side // scaled) + 1
+    origin, span = (np.zeros_like(side), side) if rows.region is None else (rows.region[:, :2], rows.region[:, 2:])
+    first = offset * span / scaled + origin
+    last = first + rows.crop * span / scaled
+    margin = -(-span // scaled) + 1
     start = np.maximum(np.floor(first).astype(np.int64) - margin, 0)
     end = np.minimum(np.ceil(last).astype(np.int64) + margin, side)
     return Window(

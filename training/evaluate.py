@@ -121,7 +121,9 @@ def evaluate_weights(
     torch.set_num_threads(threads)
     net = build_net(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=0.0)
     net.load_state_dict(weights)
-    loader = TestLoader(pictures, colour, standardise=stage.standardise, device=device, threads=threads, cache=cache)
+    loader = TestLoader(
+        pictures, colour, standardise=stage.standardise, device=device, threads=threads, cache=cache, view=stage.view
+    )
     try:
         return split_posteriors(net.to(device).eval(), loader, stage.crop, protocol, scales, len(pictures))
     finally:

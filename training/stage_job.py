@@ -79,4 +79,12 @@ def view_rule(stage: Stage) -> ViewRule:
         flip=stage.flip,
         colour=stage.colour,
         global_batch=stage.global_batch,
+        view=stage.view,
+        flip_vertical=stage.flip_vertical,
+        quarter_turns=stage.quarter_turns,
+        area=stage.area,
+        aspect=stage.aspect,
+        mixup=stage.mixup,
+        erase=stage.erase,
+        balance=stage.balance,
     )

@@ -32,6 +32,7 @@ class Validation:
             device=str(team.device),
             threads=job.threads,
             cache=cache,
+            view=job.stage.view,
         )
         self.views: list[tuple[Tensor, Tensor]] | None = None     # once read, where they are small enough
 

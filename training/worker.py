@@ -323,7 +323,8 @@ class StageTraining:
         if batch is not None and len(batch.labels):
             losses = self.learner.each_loss(batch, iteration - 1)
             bad = (~losses.isfinite()).nonzero().flatten().tolist()
-            names = [str(self.train.paths[batch.pictures[row]]) for row in bad]
+            pictures = [part[bad] for part in (batch.pictures, batch.partners) if part is not None]
+            names = [str(path) for path in self.train.paths[np.unique(np.concatenate(pictures))]]
         which = f" for {len(names)} pictures, {', '.join(map(repr, names[:MOST_NAMED]))}" if names else ""
         return TrainingError(
             f"stage {self.stage.name!r}: the loss at iteration {iteration} (epoch {self.progress.epoch + 1}) is"

@@ -161,6 +161,56 @@ def test_a_whole_view_is_the_picture_squeezed_to_a_square_as_pillow_does_it(tmp_
     assert np.mean(difference > 1) < 0.03  # at the edge DALI clamps where Pillow renormalises
 
 
+@pytest.mark.parametrize(
+    ("size", "region"),
+    [
+        ((427, 640), (100, 40, 222, 333)),
+        ((427, 640), (0, 0, 427, 640)),
+        ((427, 640), (380, 600, 47, 40)),
+        ((427, 640), (13, 17, 9, 120)),
+        ((427, 640), (200, 300, 1, 1)),
+        ((7, 7), (2, 3, 4, 2)),
+        ((1, 5000), (0, 777, 1, 3000)),
+        ((5000, 1), (4000, 0, 1000, 1)),
+    ],
+)
+def test_a_random_resized_crop_is_pillows_resize_of_that_box(tmp_path, size, region):
+    large = Image.fromarray(load_sample_image("china.jpg")).resize(size[::-1], Image.Resampling.BICUBIC)
+    pictures = save(tmp_path, np.asarray(large))
+    top, left, high, wide = region
+    rows = replace(centre_views(pictures, np.array([0]), 64, 64, "whole"), region=np.array([region]))
+
+    image = shown(pictures, rows)
+
+    expected = large.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + wide, top + high))
+    difference = np.abs(image - np.asarray(expected, np.float32))
+    assert difference[2:-2, 2:-2].max() <= 1
+    assert np.mean(difference > 1) < 0.03  # where a region touches the picture's edge DALI clamps and Pillow renormalises
+
+
+def test_a_region_of_ramps_shows_where_it_lies(tmp_path):
+    rows, columns = np.mgrid[0:128, 0:256]
+    pictures = save(tmp_path, np.stack([columns, 2 * rows, np.zeros_like(rows)], axis=2).astype(np.uint8))
+    squeezed = centre_views(pictures, np.array([0]), 64, 64, "whole")
+
+    image = shown(pictures, replace(squeezed, region=np.array([[20, 90, 32, 128]])))
+
+    place = np.arange(64)
+    np.testing.assert_allclose(image[:, :, 0], np.broadcast_to(90 + 2 * place + 0.5, (64, 64)), atol=1)
+    np.testing.assert_allclose(image[:, :, 1], np.broadcast_to((40 + place - 0.5)[:, None], (64, 64)), atol=1)
+
+
+def test_an_erased_rectangle_is_the_mean_and_lies_where_the_plan_has_it(tmp_path):
+    pictures = save(tmp_path, np.full((64, 64, 3), 200, np.uint8))
+    rows = replace(view(pictures, 64, 64, y=0, x=0, shift=(3, 2, 1)), erased=np.array([[5, 10, 20, 30]]))
+
+    image = shown(pictures, replace(rows, turns=np.array([1]), upside_down=np.array([1])), mean=(120, 110, 100))
+
+    expected = np.broadcast_to(np.float32([83, 92, 101]), (64, 64, 3)).copy()
+    expected[5:25, 10:40] = 0  # after flips and turns, and whatever the colour shift
+    assert np.array_equal(image, expected)
+
+
 def test_a_whole_view_of_ramps_shows_both_sides_to_their_ends(tmp_path):
     rows, columns = np.mgrid[0:128, 0:256]
     pictures = save(tmp_path, np.stack([columns, 2 * rows, np.zeros_like(rows)], axis=2).astype(np.uint8))
