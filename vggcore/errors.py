@@ -21,6 +21,10 @@ class StoreError(VggrowError):
     """The store is not writable, is held by another command, or holds something broken."""
 
 
+class WeightsError(VggrowError):
+    """A file of published weights is absent, broken, or of another net."""
+
+
 class DeviceError(VggrowError):
     """The machine lacks what was asked for: a GPU, a precision, memory."""
 
