@@ -1,6 +1,7 @@
 """The store: one folder, local or shared by all nodes, that holds everything a schedule makes (DESIGN: store).
 
     data/<fingerprint>/      stages/<key>/      schedules/<key>/      evaluations/<key>/      locks/      ray/ (scratch)
+    weights/<digest>/        downloads/ (what is being downloaded)
     mlflow.db                artifacts/         (where no tracking server is named)
 """
 
@@ -9,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ class Store:
     def evaluation(self, stage_key: str, key: str) -> Path:
         """posteriors.parquet and evaluation.json of one protocol."""
         return self.root / "evaluations" / stage_key / key
+
+    @property
+    def weights(self) -> Path:
+        """<digest>/: model.safetensors and weights.json of published weights."""
+        return self.root / "weights"
 
     @property
     def locks(self) -> Path:
@@ -119,6 +125,24 @@ def hold(store: Store, name: str, *, what: str) -> Iterator[int]:
         held_by = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(store.locks / f"{name}.holder.json", held_by)
         yield number
+    finally:
+        lock.release()
+
+
+@contextmanager
+def hold_when_free(path: Path, busy: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock file `path` while the block runs, waiting as long as another has it; `say` is told once, by `busy`.
+
+    For work of seconds to minutes whose second caller has nothing to do but wait; its holder leaves no name.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=LOOK_S)
+    except Timeout:
+        say(f"{busy}: waiting for it")
+        lock.acquire()
+    try:
+        yield
     finally:
         lock.release()
 
