@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deploy import cli_jobs, cli_machine, cli_models, cli_retrain
+from deploy import cli_jobs, cli_machine, cli_models, cli_retrain, cli_weights
 from deploy.options import (
     WorkerRange,
     json_option,
@@ -343,22 +343,39 @@ def predict(model: str, pictures: tuple[Path, ...], top_k: int, store: str, trac
 
 
 @vggrow.command()
-@click.argument("net", type=click.Choice(["A", "A-LRN", "B", "C", "D", "E"]))
+@click.argument("net", metavar="NET|weights:NAME")
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
 @click.option("--head", type=click.Choice(["paper", "compact"]), default="paper", show_default=True)
 @click.option("--width", type=click.FloatRange(0, 4, min_open=True), default=1.0, show_default=True)
 @click.option("--crop", type=click.IntRange(32), default=224, show_default=True, help="Pixels, a multiple of 32.")
+@store_option
 @json_option
-def summary(net: str, classes: int, head: str, width: float, crop: int, as_json: bool) -> None:
-    """Print NET's layers with output shapes, parameters and multiply-adds (MACs) for one picture.
+@click.pass_context
+def summary(
+    context: click.Context, net: str, classes: int, head: str, width: float, crop: int, store: str, as_json: bool
+) -> None:
+    """Print layers with output shapes, parameters and multiply-adds (MACs) for one picture.
+
+    NET is A, A-LRN, B, C, D or E; weights:NAME are published weights of the store, with their mean, origin and licence.
 
     \b
     Examples:
         vggrow summary D
         vggrow summary A --width 0.125 --crop 64 --classes 2
+        vggrow summary weights:keras/vgg16_notop
     """
+    from typing import get_args
+
+    from vggcore.recipe import NetName
+
     if crop % 32:
         raise click.BadParameter(f"{crop} is no multiple of 32", param_hint="--crop")
+    if net.startswith("weights:"):
+        cli_weights.check_summary_options(context)
+        click.echo(cli_weights.summary_of(net.removeprefix("weights:"), store, crop=crop, as_json=as_json))
+        return
+    if net not in get_args(NetName):
+        raise click.BadParameter(f"{net!r} is not one of {', '.join(get_args(NetName))} or weights:NAME", param_hint="NET")
     from dataclasses import asdict
 
     from deploy.plan_table import layer_text
@@ -459,6 +476,7 @@ cli_jobs.register(vggrow)
 cli_machine.register(vggrow)
 cli_models.register(models)
 cli_retrain.register(vggrow)
+cli_weights.register(vggrow)
 
 
 def main() -> None:
