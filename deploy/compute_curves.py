@@ -1,6 +1,7 @@
 """Stages held against each other by what they cost: val accuracy and training loss over operations, a line a seed."""
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from training.history import read_history
 from training.store import read_json
 from vggcore.errors import StoreError
 from vggcore.nets import layer_table
+from vggcore.schedule import Stage
 from vggcore.whole_file import whole_file
 
 POINTS_AN_EPOCH = 4       # of the training loss: enough to see the first iterations leave ln(classes), or not
@@ -184,8 +186,8 @@ class Cost:
         """Operations of a stage's first iterations; an epoch's last batch may be short."""
         settings = self.settings(key)
         if key not in self.a_view:
-            size = {name: settings[name] for name in ("head", "width", "crop")}
-            table = layer_table(settings["net"], classes=self.classes, **size)
+            stage = Stage.model_validate_json(json.dumps(settings))
+            table = layer_table(stage.net, classes=self.classes, **stage.net_settings)
             self.a_view[key] = 2.0 * BACKWARD_FACTOR * sum(row.macs for row in table)
         epochs, rest = divmod(iteration, self.iterations_an_epoch(key))
         views: float = epochs * self.pictures + min(rest * settings["global_batch"], self.pictures)
@@ -194,7 +196,7 @@ class Cost:
     def before(self, key: str) -> float:
         """Operations of all the stages whose weights a stage starts from, each to its end."""
         parent = self.record(key)["parent"]
-        if parent is None:
+        if parent is None or parent["key"].startswith("weights:"):     # whoever published them trained them
             return 0.0
         history = read_history(self.store / "stages" / parent["key"] / "history.jsonl")
         return self.before(parent["key"]) + self.within(parent["key"], history[-1]["iteration"] if history else 0)

@@ -53,7 +53,8 @@ def trace(store: Store, stage_key: str | None, *, model: str) -> Lineage:
     """
     if not stage_key:
         return Lineage((), (f"{model} names no stage",))
-    stages, problems, key = [], [], stage_key
+    stages, problems = [], []
+    key: str | None = stage_key
     recorded = recorded_stages(store)
     seen: set[str] = set()
     while key and key not in seen:
@@ -76,8 +77,13 @@ def trace(store: Store, stage_key: str | None, *, model: str) -> Lineage:
                 problems.append(f"{model}: the manifest of stage {name} has no difference hashes; scan its pictures again")
             else:
                 stages.append(Ancestor(name, key, manifest))
-        key = about["parent"] and about["parent"]["key"]
+        key = about["parent"] and stored_parent(about["parent"]["key"])
     return Lineage(tuple(stages), tuple(problems))
+
+
+def stored_parent(key: str) -> str | None:
+    """A parent's key where it is a stage; published weights end a lineage: none of the pictures here taught them."""
+    return None if key.startswith("weights:") else key
 
 
 def recorded_stages(store: Store) -> set[str]:

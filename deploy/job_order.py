@@ -108,13 +108,15 @@ def known_schedule_key(recipe: Path, store: Path) -> str | None:
     if not (store / "data").is_dir():
         return None
     from deploy.scans import known_manifest
+    from training.parents import settle
     from training.store import Store
 
     loaded = load_recipe(recipe)
     manifest = known_manifest(loaded.data, Store(store))
     if manifest is None:
         return None
-    keys = stage_keys(resolve_stages(loaded), classes=manifest.classes, fingerprint=manifest.fingerprint)
+    stages = settle(resolve_stages(loaded), Store(store), manifest.fingerprint)
+    keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     return schedule_key(loaded.name, keys)
 
 

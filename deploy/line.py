@@ -17,12 +17,13 @@ from deploy.scans import scan_data
 from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
 from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
 from pipelines.cache import DecodedCache, make_cache
+from pipelines.colour import Colour
 from pipelines.loader import Batch, TrainLoader
 from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
 from training.listener import Listener
-from training.parents import check_stored_parents, is_done, result_weights
+from training.parents import check_parents, is_done, recorded_colour, result_weights, settle
 from training.ray_address import check_address
 from training.run import train_schedule
 from training.stage_job import view_rule
@@ -75,8 +76,8 @@ def run_line(
     hear: makes the listener that shows progress. Raises VggrowError for what the user can mend, Interrupted after a
     signal: both leave a store from which the same call goes on.
     """
-    store, stages = where.store, resolve_stages(recipe)
-    check_where(where, stages)
+    store = where.store
+    check_where(where, resolve_stages(recipe))
     address = where.address or os.environ.get("RAY_ADDRESS")
     if address not in (None, "local"):
         check_address(address)
@@ -86,7 +87,8 @@ def run_line(
     check_tracking(uri)
     sampling_interval_s()      # read where a stage begins; what is wrong with it is said here
     manifest = scan_data(recipe.data, store, threads=cores())
-    check_stored_parents(stages, store, manifest.classes)
+    stages = settle(resolve_stages(recipe), store, manifest.fingerprint)
+    check_parents(stages, store, manifest.classes)
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     key = schedule_key(recipe.name, keys)
     with hold(store, f"schedule-{key}", what=f"the schedule of recipe {recipe.name!r} ({key})"):
@@ -278,7 +280,7 @@ def evaluate_all(
         run = tracker.runs[key].run_id
         history = read_history(folder / "history.jsonl")
         tracker.log_bytes(run, charts.learning_curves(history), "learning_curves.png", store.scratch)
-        sheet = view_sheet(stage, manifest)
+        sheet = view_sheet(stage, manifest, recorded_colour(store, key))
         tracker.log_bytes(run, sheet, "training_views.png", store.scratch)
         if stage.name not in wanted:
             continue
@@ -304,11 +306,11 @@ def evaluate_all(
     return found
 
 
-def view_sheet(stage: Stage, manifest: Manifest) -> bytes:
+def view_sheet(stage: Stage, manifest: Manifest, colour: Colour) -> bytes:
     """PNG of the first training views of a stage, as the net sees them but for the mean."""
     from deploy import charts  # see write_report
 
-    train, colour = manifest.split("train"), manifest.colour
+    train = manifest.split("train")
     rule = view_rule(stage)
     loader = TrainLoader(
         train, colour, rule, standardise=False, rank=0, world_size=1, device="cpu", threads=cores()
@@ -372,7 +374,7 @@ def register(
         state=load_weights(result_weights(store, key)),
         settings=stage.model_dump(mode="json"),
         classes=manifest.classes,
-        colour=manifest.colour,
+        colour=recorded_colour(store, key),
         protocol=facts["protocol"],
         scales=facts["scales"],
         lineage=lineage,

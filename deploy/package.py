@@ -26,7 +26,7 @@ from deploy.tracking_address import using_tracking
 from pipelines.colour import Colour
 from vggcore.errors import RegistryError, StoreError
 from vggcore.nets import Vgg, net_modules
-from vggcore.recipe import Protocol
+from vggcore.recipe import Features, Protocol
 from vggcore.weights import save_weights
 from vggcore.whole_file import write_json, write_text
 
@@ -114,14 +114,13 @@ def describe_model(
 
 def empty_net(settings: Mapping[str, Any], classes: Sequence[str]) -> Vgg:
     """The net that the settings describe, without any memory for weights."""
+    features = settings.get("features")      # packages of before linear heads have none
     with torch.device("meta"):
         return net_modules(
             settings["net"],
             classes=len(classes),
-            head=settings["head"],
-            width=settings["width"],
-            crop=settings["crop"],
-            dropout=settings["dropout"],
+            features=Features.model_validate_json(json.dumps(features)) if features else None,
+            **{name: settings[name] for name in ("head", "width", "crop", "dropout")},
         )
 
 

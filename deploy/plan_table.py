@@ -9,9 +9,13 @@ from typing import Any
 
 from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
+from training.parents import check_parents, settle
+from training.store import Store
 from vggcore.nets import LayerRow, layer_table
 from vggcore.recipe import Recipe
+from vggcore.recipe_checks import stored_key
 from vggcore.schedule import Stage, parent_key, resolve_stages, stage_keys
+from vggcore.transfer import LayerOrigin
 
 FLOAT_BYTES = 4
 POOL_INDEX_BYTES = 8      # max pooling remembers where each maximum was, as int64
@@ -40,6 +44,8 @@ class StagePlan:
     gflop_per_picture: float             # forward and backward of one training view, a multiply-add counting two
     max_pflop: float | None              # over all epochs at most, for the whole stage
     traffic_per_iteration_mb: float      # what each worker sends in one all-reduce of the gradients, 1e6 bytes
+    mean: str | None                     # whose mean is subtracted, "data" or "weights"; None: not known yet
+    layers: tuple[LayerOrigin, ...]      # where each layer's first weights come from; empty: not known yet
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ def plan(recipe: Recipe, manifest: Manifest | None, workers: int, store: Path) -
     manifest: of the recipe's data if it was scanned; None: sizes are those of the paper's 1,000 classes (2 for elpv),
     and whether a stage is done cannot be said.
     """
-    stages = resolve_stages(recipe)
     classes, notes = classes_known(recipe, manifest)
+    stages, origins = with_origins(resolve_stages(recipe), manifest, classes, Store(store))
     pictures = len(manifest.split("train").labels) if manifest else None
     keys: dict[str, str] = {}
     if manifest:
@@ -72,12 +78,12 @@ def plan(recipe: Recipe, manifest: Manifest | None, workers: int, store: Path) -
     tables: dict[str, list[LayerRow]] = {}
     rows = []
     for stage in stages:
-        if stage.net not in tables:   # scales share a net, and the net's size does not depend on them
-            tables[stage.net] = layer_table(
-                stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
-            )
+        shape = f"{stage.net} {stage.net_settings}"
+        if shape not in tables:   # scales share a net, and the net's size does not depend on them
+            tables[shape] = layer_table(stage.net, classes=classes, **stage.net_settings)
         status, reason = status_of(stage, keys, store, earlier)
-        rows.append(stage_plan(stage, tables[stage.net], keys.get(stage.name), status, reason, pictures, workers))
+        layers = tuple(origins.get(stage.name, ()))
+        rows.append(stage_plan(stage, tables[shape], keys.get(stage.name), status, reason, pictures, workers, layers))
     return Plan(
         recipe=recipe.name,
         workers=workers,
@@ -88,6 +94,20 @@ def plan(recipe: Recipe, manifest: Manifest | None, workers: int, store: Path) -
         stages=tuple(rows),
         notes=tuple(notes + standing_notes(recipe, workers)),
     )
+
+
+def with_origins(
+    stages: tuple[Stage, ...], manifest: Manifest | None, classes: int, store: Store
+) -> tuple[tuple[Stage, ...], dict[str, list[LayerOrigin]]]:
+    """The stages settled, and where each one's layers come from; stages of the store need the pictures' classes for that.
+
+    Raises StoreError and RecipeError for parents that are absent or do not fit, as `vggrow train` would.
+    """
+    if manifest is None and any(stored_key(stage.init_from) for stage in stages):
+        return stages, {}
+    settled = settle(stages, store, manifest.fingerprint if manifest else "")
+    names = manifest.classes if manifest else tuple(f"class {number}" for number in range(classes))
+    return settled, check_parents(settled, store, names)
 
 
 def classes_known(recipe: Recipe, manifest: Manifest | None) -> tuple[int, list[str]]:
@@ -122,6 +142,7 @@ def stage_plan(
     reason: str,
     pictures: int | None,
     workers: int,
+    layers: tuple[LayerOrigin, ...],
 ) -> StagePlan:
     """The row of one stage; `pictures` is the training split's size."""
     parameters = sum(row.parameters for row in table)
@@ -143,6 +164,8 @@ def stage_plan(
         gflop_per_picture=flop / 1e9,
         max_pflop=flop * pictures * stage.max_epochs / 1e15 if pictures else None,
         traffic_per_iteration_mb=2 * (workers - 1) / workers * weights / 1e6,   # ring all-reduce
+        mean=stage.mean,
+        layers=layers,
     )
 
 
@@ -224,6 +247,8 @@ def changed_since(stage: Stage, earlier: Sequence[dict[str, Any]]) -> str:
         if saved.get("name") != stage.name:
             continue
         before, now = saved.get("stage", {}), stage.model_dump(mode="json")
+        if (before.get("mean") or "data") == (now["mean"] or "data"):      # not chosen yet means the pictures'
+            del now["mean"]
         differing = [name for name in now if name in before and before[name] != now[name]]
         if differing:
             changes = ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in differing)
@@ -242,18 +267,31 @@ def plan_text(found: Plan) -> str:
         [stage_cells(stage) for stage in found.stages],
         left=(0, 1, 2, 3, 7),
     )
-    nets = {stage.net: stage for stage in found.stages}
+    nets = {(stage.net, stage.parameters): stage for stage in found.stages}
     sizes = aligned(
         ("net", "parameters", "weights MB", "GiB a worker", "GFLOP a picture", "MB sent an iteration"),
         [net_cells(stage) for stage in nets.values()],
         left=(0,),
     )
     to_run = [stage for stage in found.stages if stage.status != "done"]
+    starts = [origin_line(stage) for stage in found.stages if stage.init_from and stage.layers]
     lines = [f"{head}, global batch {found.global_batch}", "", *stages, "", *sizes, ""]
+    if starts:
+        lines += ["first weights:", *starts, ""]
     if found.train_pictures is not None:
         total = sum(stage.max_pflop or 0 for stage in to_run)
         lines.append(f"{len(to_run)} of {len(found.stages)} stages to run, {number(total)} PFLOP at most")
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def origin_line(stage: StagePlan) -> str:
+    """Which layers come from where, and which are random: "  D-72: conv1_1, conv2_1 from 'A-72'; random: conv1_2, fc3"."""
+    taken = [origin.layer for origin in stage.layers if origin.source]
+    random = [origin.layer for origin in stage.layers if not origin.source]
+    source = next(origin.source for origin in stage.layers if origin.source)
+    rest = f"; random: {', '.join(random)}" if random else ""
+    mean = ", with its mean" if stage.mean == "weights" else ""
+    return f"  {stage.name}: {', '.join(taken)} from {source}{mean}{rest}"
 
 
 def stage_cells(stage: StagePlan) -> tuple[str, ...]:

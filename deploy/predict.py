@@ -22,7 +22,8 @@ from deploy.package import LOGGED_NAME, MODEL_FILE, WEIGHTS_FILE, check_state, d
 from deploy.registry import get_version
 from deploy.served_model import VggModel, decode_picture
 from deploy.tracking_address import check_tracking, one_line, using_tracking
-from pipelines.colour import Colour
+from training.parents import recorded_colour
+from training.store import Store
 from vggcore.errors import DatasetError, RegistryError, StoreError
 from vggcore.recipe import nearest
 from vggcore.schedule import Stage
@@ -223,11 +224,7 @@ def open_stage(model: str, stage: tuple[Path, dict[str, Any]], store: Path) -> P
     folder, about = stage
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     weights = folder / "checkpoints" / result["checkpoint"] / WEIGHTS_FILE
-    colour_path = store / "data" / about["fingerprint"] / "colour.json"
-    try:
-        colour = Colour.from_json(json.loads(colour_path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{colour_path}: cannot be read ({error}); scan the pictures again") from error
+    colour = recorded_colour(Store(store), about["key"])
     check_state(load_weights(weights), about["stage"], about["classes"])
     description = describe_model(
         settings=about["stage"],

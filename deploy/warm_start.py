@@ -11,6 +11,7 @@ from deploy.registry import STAGE_KEY_TAG
 from training.parents import is_done
 from training.store import Store, read_json
 from vggcore.recipe import Recipe, StageTable, parse_recipe
+from vggcore.recipe_checks import without_effect
 from vggcore.schedule import resolve_stages
 
 WARM = "-warm"            # ends the name of a stage that starts from a champion
@@ -80,7 +81,7 @@ def warm_recipe(
     own = next(stage for stage in resolve_stages(recipe) if stage.name == beginning.stage)
     table = next(table for table in recipe.stages if table.name == beginning.stage)
     warm = StageTable(
-        **table.model_dump(exclude={"name", "init_from", "learning_rate"}),
+        **table.model_dump(exclude={"name", "init_from", "learning_rate"}, exclude_unset=True),
         name=f"{table.name}{WARM}",
         init_from=f"stage:{beginning.stage_key}",
         learning_rate=learning_rate or float(f"{SLOWER * own.learning_rate:.6g}"),
@@ -89,6 +90,9 @@ def warm_recipe(
     tables.pop("schedule", None)
     for name, key in (("evaluate", "stages"), ("register", "stage")):      # there is one stage: it is meant
         tables.get(name, {}).pop(key, None)
-    tables |= {"seed": seed, "stage": [warm.model_dump(mode="json", exclude_none=True)]}
+    for name in ("net", "augment", "train"):                               # what the others alone used
+        for key in without_effect(recipe, table.name) & set(tables.get(name, {})):
+            del tables[name][key]
+    tables |= {"seed": seed, "stage": [warm.model_dump(mode="json", exclude_unset=True, exclude_none=True)]}
     text = f"# {place.name}, warm: stage {table.name} {beginning.why}\n{tomli_w.dumps(tables)}"
     return parse_recipe(text, place=str(place), folder=place.parent), text

@@ -36,9 +36,7 @@ def train(config: dict[str, Any]) -> None:
     stage = Stage.model_validate_json((folder / "stage.json").read_text())
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    net = build_net(
-        stage.net, classes=CLASSES, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
-    ).train()
+    net = build_net(stage.net, classes=CLASSES, **stage.net_settings).train()
     initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     if stage.channels_last:
         net.to(memory_format=cast(Any, torch.channels_last))

@@ -127,6 +127,7 @@ def bench_job(stage: Stage, manifest: Manifest, scratch: Path, *, threads: int, 
         store=scratch,
         fingerprint=manifest.fingerprint,
         parent=None,
+        colour=manifest.colour,
         lock="bench",
         fence=0,
         nonce="",
@@ -137,7 +138,7 @@ def bench_job(stage: Stage, manifest: Manifest, scratch: Path, *, threads: int, 
 
 def operations(stage: Stage, classes: int) -> float:
     """Multiplications and additions of a picture's forward and backward; the first conv has no gradient of its input."""
-    rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    rows = layer_table(stage.net, classes=classes, **stage.net_settings)
     return 2.0 * (BACKWARD * sum(row.macs for row in rows) - rows[0].macs)
 
 
@@ -164,9 +165,7 @@ def matmul_limit(stage: Stage, device: str, seconds: float) -> float:
 def made_net(job: StageJob, classes: int, sgd: Sgd = "fused") -> tuple[Vgg, torch.optim.SGD]:
     """The stage's net with first weights in its memory format, and its optimiser."""
     stage = job.stage
-    net = build_net(
-        stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
-    )
+    net = build_net(stage.net, classes=classes, **stage.net_settings)
     initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     net.to(job.device).to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
     return net.train(), make_optimizer(net.parameters(), stage, sgd)

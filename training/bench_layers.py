@@ -71,7 +71,7 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
     iteration = whole_iteration(job, classes, batch, seconds / 10)
     net, optimizer = made_net(job, classes)
     net.set_draws(stage.seed, 0, torch.arange(batch, device=job.device))
-    rows = layer_table(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    rows = layer_table(stage.net, classes=classes, **stage.net_settings)
     images = torch.randn(batch, 3, stage.crop, stage.crop, device=job.device)
     layout = torch.channels_last if stage.channels_last else torch.contiguous_format
     copy = least(lambda: lambda: images.contiguous(memory_format=layout), seconds / len(rows), job.device)

@@ -17,6 +17,7 @@ from pipelines.cache import DecodedCache
 from pipelines.colour import Colour
 from pipelines.loader import TestLoader
 from pipelines.manifest import Manifest, Pictures
+from training.parents import recorded_colour
 from training.store import Store, read_json
 from vggcore.dense import dense_posteriors
 from vggcore.digest import digest
@@ -74,7 +75,7 @@ def evaluate_stage(
         load_weights(weights),
         stage,
         pictures,
-        manifest.colour,
+        recorded_colour(store, key),
         classes=len(manifest.classes),
         protocol=protocol,
         scales=scales,
@@ -119,7 +120,7 @@ def evaluate_weights(
 ) -> NDArray[np.float32]:
     """(pictures, classes) posteriors of a stage's net with these weights; colour: of what the net was trained on."""
     torch.set_num_threads(threads)
-    net = build_net(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=0.0)
+    net = build_net(stage.net, classes=classes, **stage.net_settings | {"dropout": 0.0})
     net.load_state_dict(weights)
     loader = TestLoader(
         pictures, colour, standardise=stage.standardise, device=device, threads=threads, cache=cache, view=stage.view

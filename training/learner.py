@@ -15,9 +15,10 @@ from training.memory import keep_memory
 from training.optimise import check_layouts, load_momentum, make_optimizer
 from training.stage_job import StageJob
 from training.team import Team
-from vggcore.initialise import copy_from_parent, initialise_net
+from vggcore.initialise import initialise_net
 from vggcore.nets import Vgg, build_net
 from vggcore.schedule import Stage
+from vggcore.transfer import copy_tensors
 from vggcore.weights import load_weights
 
 
@@ -39,9 +40,7 @@ class Learner:
         """Builds both and gives them the checkpoint's state, or the stage's first weights."""
         self.stage, self.team = job.stage, team
         stage = job.stage
-        self.net = build_net(
-            stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop, dropout=stage.dropout
-        )
+        self.net = build_net(stage.net, classes=classes, **stage.net_settings)
         if checkpoint is None:
             first_weights(self.net, job)
         else:
@@ -147,5 +146,4 @@ def first_weights(net: Vgg, job: StageJob) -> None:
     stage: Stage = job.stage
     initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     if job.parent is not None:
-        parent_net, weights = job.parent
-        copy_from_parent(net, load_weights(weights), net_name=stage.net, parent_name=parent_net, head=stage.head)
+        copy_tensors(net, load_weights(job.parent.weights), job.parent.tensors)

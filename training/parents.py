@@ -1,12 +1,31 @@
-"""Where a stage's first weights come from: an earlier stage of its schedule, or any finished stage of the store by its key."""
+"""Where a stage's first weights and its mean come from: an earlier stage, a stage of the store, or published weights."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pipelines.colour import Colour
+from training.published.library import find_weights
 from training.store import Store, read_json
 from vggcore.errors import RecipeError, StoreError
-from vggcore.recipe import NetName, stored_key
+from vggcore.recipe_checks import stored_key, weights_name
 from vggcore.schedule import Stage, parent_key
+from vggcore.transfer import LayerOrigin, ParentNet, check_given, layer_origins, stage_net, taken_tensors
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a stage starts from; it travels to the workers."""
+
+    key: str                     # a stage's key, or "weights:<digest>"
+    name: str                    # as messages have it
+    weights: Path                # a safetensors file
+    tensors: Mapping[str, str]   # the child's tensors that it gives, each with its name in the file
 
 
 def is_done(store: Store, key: str) -> bool:
@@ -22,38 +41,144 @@ def result_weights(store: Store, key: str) -> Path:
     return store.stage(key) / "checkpoints" / str(result["checkpoint"]) / "model.safetensors"
 
 
-def parent_weights(
-    stage: Stage, stages: Sequence[Stage], keys: Mapping[str, str], store: Store
-) -> tuple[NetName, Path] | None:
-    """The parent's net and its weights; None for random weights. Raises StoreError when the parent has not finished."""
-    key = parent_key(stage, keys)
-    if key is None:
-        return None
-    nets = {other.name: other.net for other in stages}
-    if stage.init_from in nets:
-        return nets[stage.init_from], result_weights(store, key)
-    return read_json(store.stage(key) / "stage.json")["stage"]["net"], result_weights(store, key)
+def settle(stages: Sequence[Stage], store: Store, fingerprint: str) -> tuple[Stage, ...]:
+    """The stages with what only the store knows: digests of published weights, and whose mean each takes.
 
-
-def check_stored_parents(stages: Sequence[Stage], store: Store, classes: Sequence[str]) -> None:
-    """Refuses, before anything starts, parents named by key that the store does not have, or that know other classes.
-
-    Raises StoreError, RecipeError. Shapes are compared when the weights are copied (vggcore.initialise).
+    stages: parents first. Where the recipe does not say, a stage takes its parent's mean and deviation when the parent is
+    published weights, was trained on other pictures than `fingerprint`, or took its own parent's; else the pictures'.
+    Raises StoreError for weights or stages that are not there, RecipeError for a deviation that weights do not have.
     """
+    settled: dict[str, Stage] = {}
     for stage in stages:
-        key = stored_key(stage.init_from)
-        if key is None:
-            continue
-        about = read_json(store.stage(key) / "stage.json")
-        if about is None or not is_done(store, key):
-            what = "is not in" if about is None else "has not finished in"
-            raise StoreError(
-                f"stage {stage.name!r}: init_from {stage.init_from!r}: that stage {what} store {store.root}; name a finished"
-                " one (`vggrow plan` prints keys), or the store that has it by --store"
-            )
-        known = about["classes"]
-        if known != list(classes):
+        name, key = weights_name(stage.init_from), stored_key(stage.init_from)
+        changes: dict[str, Any] = {}
+        if name is not None:
+            record, _ = find_weights(store, name)
+            changes["weights_digest"] = record.digest
+            brings = True
+        elif key is not None:
+            about = stage_record(stage, store, key)
+            brings = about["fingerprint"] != fingerprint or about["stage"].get("mean") == "weights"
+            if (stage.mean or brings) and about["stage"]["standardise"] != stage.standardise:
+                raise RecipeError(
+                    f"stage {stage.name!r}: standardise is {str(stage.standardise).lower()}, but not for"
+                    f" {stage.init_from!r}, whose mean and deviation it takes; set it as there"
+                )
+        else:
+            brings = stage.init_from is not None and settled[stage.init_from].mean == "weights"
+        changes["mean"] = stage.mean or ("weights" if brings else "data")
+        settled[stage.name] = stage.model_copy(update=changes)
+        if name is not None and changes["mean"] == "weights" and stage.standardise:
             raise RecipeError(
-                f"stage {stage.name!r}: init_from {stage.init_from!r} knows the classes {', '.join(known)}, but the pictures"
-                f" have {', '.join(classes)}; start from a stage of the same classes, or without init_from"
+                f"stage {stage.name!r}: standardise = true, but {stage.init_from} have their deviation within the first conv;"
+                " set standardise = false for this stage"
             )
+    return tuple(settled.values())
+
+
+def stage_record(stage: Stage, store: Store, key: str) -> dict[str, Any]:
+    """The stage.json of a finished stage that `stage` starts from by its key. Raises StoreError when it is not there."""
+    about = read_json(store.stage(key) / "stage.json")
+    if about is None or not is_done(store, key):
+        what = "is not in" if about is None else "has not finished in"
+        raise StoreError(
+            f"stage {stage.name!r}: init_from {stage.init_from!r}: that stage {what} store {store.root}; name a finished"
+            " one (`vggrow plan` prints keys), or the store that has it by --store"
+        )
+    return dict(about)
+
+
+def check_parents(stages: Sequence[Stage], store: Store, classes: Sequence[str]) -> dict[str, list[LayerOrigin]]:
+    """Where each layer of each stage's net comes from, by the stage's name; refuses, before anything starts, what cannot be.
+
+    stages: settled. Raises StoreError and RecipeError for parents that are absent, unfinished, know other classes or do
+    not fit, and for random layers that would never be trained.
+    """
+    origins = {}
+    for stage in stages:
+        parent = parent_net(stage, stages, store, classes)
+        taken = taken_tensors(stage, classes, parent) if parent is not None else {}
+        origins[stage.name] = layer_origins(stage, taken, parent)
+        check_given(stage, origins[stage.name])
+    return origins
+
+
+def parent_net(stage: Stage, stages: Sequence[Stage], store: Store, classes: Sequence[str]) -> ParentNet | None:
+    """The net that a stage starts from; None for random weights. Raises as check_parents."""
+    name, key = weights_name(stage.init_from), stored_key(stage.init_from)
+    if stage.init_from is None:
+        return None
+    if name is not None:
+        record, path = find_weights(store, stage.weights_digest or name)
+        shapes = weight_shapes(path)
+        head = "paper" if record.has_fc else None
+        return ParentNet(stage.init_from, record.net, head, None, record.classes, shapes, published=True)  # type: ignore[arg-type]
+    if key is None:
+        return stage_net(next(one for one in stages if one.name == stage.init_from), classes, name=repr(stage.init_from))
+    about = stage_record(stage, store, key)
+    known = about["classes"]
+    if known != list(classes):
+        raise RecipeError(
+            f"stage {stage.name!r}: init_from {stage.init_from!r} knows the classes {', '.join(known)}, but the pictures"
+            f" have {', '.join(classes)}; start from a stage of the same classes, or without init_from"
+        )
+    parent = Stage.model_validate_json(json.dumps(about["stage"]))
+    return stage_net(parent, known, name=repr(stage.init_from))
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a safetensors file, by its header. Raises StoreError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: not a whole safetensors file ({error}); remove it and import the weights again") from error
+
+
+def parent_of(
+    stage: Stage, stages: Sequence[Stage], keys: Mapping[str, str], store: Store, classes: Sequence[str]
+) -> Parent | None:
+    """What a stage starts from, on disk; None for random weights. Raises as check_parents, and for an unfinished parent."""
+    key, net = parent_key(stage, keys), parent_net(stage, stages, store, classes)
+    if key is None or net is None:
+        return None
+    weights = find_weights(store, str(stage.weights_digest))[1] if net.published else result_weights(store, key)
+    return Parent(key=key, name=net.name, weights=weights, tensors=taken_tensors(stage, classes, net))
+
+
+def stage_colour(stage: Stage, keys: Mapping[str, str], store: Store, data: Colour) -> Colour:
+    """The colours that a stage's net is trained with: those of the pictures, `data`, or with its parent's mean and deviation.
+
+    The axes of the colour shift are always the pictures'. Raises StoreError where the parent's record is not there.
+    """
+    if stage.mean != "weights":
+        return data
+    key = parent_key(stage, keys)
+    assert key is not None, "recipe_checks refuses mean = weights without a parent"
+    if stage.weights_digest is not None:
+        record, _ = find_weights(store, stage.weights_digest)
+        return replace(data, mean=np.array(record.mean))
+    colour = recorded_colour(store, key)
+    return replace(data, mean=colour.mean, deviation=colour.deviation)
+
+
+def recorded_colour(store: Store, key: str) -> Colour:
+    """The colours that a stage of the store was trained with: its own record's, over those of its pictures.
+
+    Stages of before published weights recorded none: theirs are the pictures'. Raises StoreError where nothing is there.
+    """
+    about = read_json(store.stage(key) / "stage.json")
+    if about is None:
+        raise StoreError(f"{store.stage(key)}: no stage.json there; name the store that has this stage by --store")
+    path = store.data(about["fingerprint"]) / "colour.json"
+    found = read_json(path)
+    if found is None:
+        raise StoreError(f"{path}: no such file; scan the pictures of stage {about['name']!r} again")
+    try:
+        colour = Colour.from_json(found)
+        if about.get("mean") is None:
+            return colour
+        deviation = about["deviation"] or colour.deviation
+        return replace(colour, mean=np.array(about["mean"]), deviation=np.array(deviation))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({error}); scan the pictures again") from error

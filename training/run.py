@@ -12,7 +12,7 @@ import ray
 
 from pipelines.manifest import Manifest
 from training.listener import Listener
-from training.parents import check_stored_parents, is_done, parent_weights
+from training.parents import check_parents, is_done, parent_of, stage_colour
 from training.ray_start import start_ray
 from training.stage_run import StageRun
 from training.stop_switch import STOP_WAIT_S, Interrupted, StopSwitch
@@ -30,12 +30,12 @@ COUNT_S = 5.0             # how often we ask the cluster how much room it has: n
 def train_schedule(
     stages: Sequence[Stage], keys: dict[str, str], manifest: Manifest, where: Where, listener: Listener
 ) -> None:
-    """Trains every stage that is not done, parents first, as many at once as there is room for.
+    """Trains every stage that is not done, parents first, as many at once as there is room for; stages: settled.
 
     A stage that fails stops no other; those that start from it are left out, and its error is raised at the end. Raises
     VggrowError, or Interrupted after a signal.
     """
-    check_stored_parents(stages, where.store, manifest.classes)
+    check_parents(stages, where.store, manifest.classes)
     with StopSwitch() as switch:
         crew = Crew(stages, keys, manifest, where, listener, switch)
         try:
@@ -95,9 +95,10 @@ class Crew:
     def start(self, stage: Stage) -> None:
         """Starts a stage; what keeps it from starting is its error."""
         del self.waiting[stage.name]
-        key, where = self.keys[stage.name], self.where
-        parent = parent_weights(stage, self.stages, self.keys, where.store)
-        run = StageRun(stage, key, parent, self.manifest, where, self.listener)
+        key, where, manifest = self.keys[stage.name], self.where, self.manifest
+        parent = parent_of(stage, self.stages, self.keys, where.store, manifest.classes)
+        colour = stage_colour(stage, self.keys, where.store, manifest.colour)
+        run = StageRun(stage, key, parent, colour, manifest, where, self.listener)
         self.running[stage.name] = run
         self.switch.on_stop = self.ask_all_to_stop
         try:

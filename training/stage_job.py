@@ -5,11 +5,12 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.colour import Colour
 from pipelines.manifest import Manifest
 from pipelines.plan import ViewRule
+from training.parents import Parent
 from training.store import Store
 from vggcore.errors import DatasetError, StoreError, VggrowError
-from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json
 
@@ -24,7 +25,8 @@ class StageJob:
     key: str
     store: Path
     fingerprint: str
-    parent: tuple[NetName, Path] | None    # the parent's net and its weights; None: random weights
+    parent: Parent | None              # None: random weights
+    colour: Colour                     # mean and deviation that belong to the net, axes of the pictures
     lock: str                          # name of the lock under which this stage is trained
     fence: int                         # the lock's number, see store.fence_holds
     nonce: str                         # what every worker must read in the store

@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import vggcore.errors
+from pipelines.colour import Colour
 from pipelines.manifest import Manifest
 from training.checkpoint import KEPT
 from training.fit import FitThread
 from training.history_tail import HistoryTail
 from training.listener import Listener
-from training.parents import is_done
+from training.parents import Parent, is_done
 from training.stage_job import StageJob
 from training.stage_log import CONDUCTOR, conductor_hears, stage_log, stage_logger, versions
 from training.store import hold, read_json, request_stop
@@ -21,7 +22,6 @@ from training.where import Where
 from training.worker_count import workers_text
 from vggcore.errors import StoreError, TrainingError, VggrowError
 from vggcore.nets import parameter_count
-from vggcore.recipe import NetName
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
 
@@ -33,13 +33,14 @@ class StageRun:
         self,
         stage: Stage,
         key: str,
-        parent: tuple[NetName, Path] | None,
+        parent: Parent | None,
+        colour: Colour,
         manifest: Manifest,
         where: Where,
         listener: Listener,
     ) -> None:
-        """Starts nothing yet; parent: net and weights."""
-        self.stage, self.key, self.parent = stage, key, parent
+        """Starts nothing yet; colour: see parents.stage_colour."""
+        self.stage, self.key, self.parent, self.colour = stage, key, parent, colour
         self.manifest, self.where, self.listener = manifest, where, listener
         self.folder = where.store.stage(key)
         self.log = stage_logger(key, CONDUCTOR)
@@ -67,7 +68,7 @@ class StageRun:
         self.leaving = HistoryTail(self.folder / "preemptions.jsonl")
         self.first = True
         self.fit = FitThread(
-            prepare(self.stage, self.key, self.fence, self.parent, self.manifest, self.where), self.where
+            prepare(self.stage, self.key, self.fence, self.parent, self.colour, self.manifest, self.where), self.where
         )
         self.fit.start()
 
@@ -160,7 +161,8 @@ def prepare(
     stage: Stage,
     key: str,
     fence: int,
-    parent: tuple[NetName, Path] | None,
+    parent: Parent | None,
+    colour: Colour,
     manifest: Manifest,
     where: Where,
 ) -> StageJob:
@@ -172,7 +174,9 @@ def prepare(
             "name": stage.name,
             "key": key,
             "stage": stage.model_dump(mode="json"),
-            "parent": parent and {"net": parent[0], "key": parent[1].parent.parent.parent.name},
+            "parent": parent and {"key": parent.key, "name": parent.name},
+            "mean": colour.mean.tolist(),
+            "deviation": colour.deviation.tolist() if stage.standardise else None,
             "fingerprint": manifest.fingerprint,
             "classes": list(manifest.classes),
         },
@@ -186,6 +190,7 @@ def prepare(
         store=store.root,
         fingerprint=manifest.fingerprint,
         parent=parent,
+        colour=colour,
         lock=lock,
         fence=fence,
         nonce=nonce,
@@ -200,7 +205,7 @@ def prepare(
 
 def check_space(stage: Stage, classes: int, folder: Path) -> None:
     """StoreError unless the disk holds the checkpoints that stay and the one that is being written."""
-    parameters = parameter_count(stage.net, classes=classes, head=stage.head, width=stage.width, crop=stage.crop)
+    parameters = parameter_count(stage.net, classes=classes, **stage.net_settings)
     checkpoint = 8 * parameters      # weights and momentum, float32
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

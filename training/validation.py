@@ -27,7 +27,7 @@ class Validation:
         self.pictures = manifest.split("val")
         self.loader = TestLoader(
             self.pictures,
-            manifest.colour,
+            job.colour,
             standardise=job.stage.standardise,
             device=str(team.device),
             threads=job.threads,

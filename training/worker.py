@@ -121,7 +121,7 @@ class StageTraining:
         cache = open_cache(cache_folder(job.store, job.fingerprint)) if job.cached else None
         self.loader = TrainLoader(
             self.train,
-            manifest.colour,
+            job.colour,
             view_rule(stage),
             standardise=stage.standardise,
             rank=team.rank,

@@ -1,4 +1,4 @@
-"""First weights: the paper's, Glorot's or He's, drawn by our own hash, and those taken over from a parent net."""
+"""First weights: the paper's, Glorot's or He's, drawn by our own hash."""
 
 import math
 
@@ -8,13 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vggcore.counter_hash import hash64
-from vggcore.errors import RecipeError
-from vggcore.nets import FC_NAMES, Vgg, conv_names
-from vggcore.recipe import Head, Initialise, NetName
-
-# Sec. 3.1: "the first four convolutional layers and the last three fully-connected layers" of A, matched by their place
-# in the group: by ordinal they cannot fit (64 -> 128 channels onto 64 -> 64).
-COPIED_CONVS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2")
+from vggcore.nets import Vgg
+from vggcore.recipe import Initialise
 
 CHUNK = 1 << 16                                # weights drawn at a time: what stays in a core's cache
 LANES = np.uint64(0x0000FFFF0000FFFF)          # two 16-bit numbers with room above each for sums
@@ -78,38 +73,3 @@ def symmetric_uniforms(keys: tuple[int | str, ...], index: NDArray[np.uint64]) -
     """Uniform draws in (-1, 1): odd multiples of 2^-24, which float32 holds exactly."""
     bits = (hash64(*keys, index) >> np.uint64(40)).astype(np.int64)
     return (2 * bits + 1 - 2**24).astype(np.float32) * np.float32(2.0**-24)
-
-
-def copy_from_parent(
-    net: Vgg, parent_state: dict[str, Tensor], *, net_name: NetName, parent_name: NetName, head: Head
-) -> list[str]:
-    """Takes weights over from a parent's state, in place; returns the names of the copied tensors in `net`.
-
-    From a net of the same configuration every tensor, from another the four convs of Sec. 3.1 by their place in the
-    group and the head's FC layers. Raises RecipeError, before anything is copied, where a tensor is absent or has
-    another shape (other classes, width, crop or head).
-    """
-    state = net.state_dict()
-    if net_name == parent_name:
-        sources = {name: name for name in state}
-    else:
-        own, parents = conv_names(net_name), conv_names(parent_name)
-        modules = {own[conv]: parents[conv] for conv in COPIED_CONVS} | {fc: fc for fc in FC_NAMES[head]}
-        sources = {f"{to}.{kind}": f"{source}.{kind}" for to, source in modules.items() for kind in ("weight", "bias")}
-    for name, source in sources.items():
-        wanted = tuple(state[name].shape)
-        if source not in parent_state:
-            raise RecipeError(
-                f"net {net_name} from a parent {parent_name}: the parent has no {source}, wanted {wanted} for {name};"
-                " give parent and child the same head"
-            )
-        found = tuple(parent_state[source].shape)
-        if found != wanted:
-            raise RecipeError(
-                f"net {net_name} from a parent {parent_name}: the parent's {source} is {found}, wanted {wanted}"
-                f" for {name}; give parent and child the same head, width, crop and classes"
-            )
-    with torch.no_grad():
-        for name, source in sources.items():
-            state[name].copy_(parent_state[source])
-    return list(sources)

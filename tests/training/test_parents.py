@@ -1,76 +1,217 @@
-"""Weights from a stage of the store by its key: found, or refused before anything starts where they cannot serve."""
+"""Where first weights and means come from: found, or refused before anything starts where they cannot serve."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from training.parents import check_stored_parents, parent_weights
+from pipelines.colour import Colour
+from training.parents import check_parents, parent_of, recorded_colour, settle, stage_colour
 from training.store import Store
 from vggcore.errors import RecipeError, StoreError
+from vggcore.nets import build_net
+from vggcore.published import PublishedWeights
 from vggcore.recipe import parse_recipe
 from vggcore.schedule import resolve_stages, stage_keys
+from vggcore.weights import save_weights
 
-KEY = "0123456789abcdef"
+KEY, DIGEST = "0123456789abcdef", "d" * 32
+HERE, ELSEWHERE = "0" * 32, "1" * 32       # fingerprints
 RECIPE = f"""
 name = "pets"
 [data]
 root = "pictures"
+[net]
+width = 0.0625
+crop = 32
 [[stage]]
-name = "D-256"
+name = "D-36"
 net = "D"
-scale = 256
+scale = 36
 init_from = "stage:{KEY}"
 [[stage]]
-name = "D-384"
+name = "D-48"
 net = "D"
-scale = 384
-init_from = "D-256"
+scale = 48
+init_from = "D-36"
+"""
+PUBLISHED = """
+[[stage]]
+name = "published"
+net = "A"
+width = 1.0
+head = "linear"
+features = { groups = [1, 2], scales = [48] }
+fit = "logistic"
+init_from = "weights:somewhere/vgg11"
+[[stage]]
+name = "fine"
+net = "A"
+width = 1.0
+head = "linear"
+features = { groups = [1, 2] }
+scale = 48
+init_from = "published"
 """
 CLASSES = ["cat", "dog"]
+DATA = Colour(mean=np.array([1.0, 2.0, 3.0]), deviation=np.full(3, 50.0), axes=np.eye(3), eigenvalues=np.ones(3))
+THEIRS = [123.68, 116.779, 103.939]
 
 
-@pytest.fixture
-def stages():
-    return resolve_stages(parse_recipe(RECIPE, place="pets.toml", folder=Path("/somewhere")))
+def stages_of(text=RECIPE):
+    return resolve_stages(parse_recipe(text, place="pets.toml", folder=Path("/somewhere")))
+
+
+def keys_of(stages):
+    return stage_keys(stages, classes=CLASSES, fingerprint=HERE)
 
 
 @pytest.fixture
 def store(tmp_path) -> Store:
-    """It has the parent, of net A, finished after 7 iterations."""
+    """It has the parent, of net A, finished after 7 iterations on these pictures."""
     found = Store(tmp_path)
+    stage = resolve_stages(
+        parse_recipe(RECIPE.replace('net = "D"', 'net = "A"').split("[[stage]]\nname = \"D-48\"")[0], place="x", folder=Path())
+    )[0].model_copy(update={"init_from": None})
     found.stage(KEY).mkdir(parents=True)
-    (found.stage(KEY) / "stage.json").write_text(json.dumps({"classes": CLASSES, "stage": {"net": "A"}}))
+    about = {"name": "A-36", "classes": CLASSES, "fingerprint": HERE, "stage": stage.model_dump(mode="json")}
+    (found.stage(KEY) / "stage.json").write_text(json.dumps(about))
     (found.stage(KEY) / "result.json").write_text(json.dumps({"checkpoint": "iteration-7"}))
+    for fingerprint, mean in ((HERE, DATA.mean), (ELSEWHERE, np.array([9.0, 9.0, 9.0]))):
+        found.data(fingerprint).mkdir(parents=True)
+        colour = {**DATA.to_json(), "mean": mean.tolist()}
+        (found.data(fingerprint) / "colour.json").write_text(json.dumps(colour))
     return found
 
 
-def test_the_parent_is_found_by_its_key_and_counts_in_the_childs(stages, store):
-    keys = stage_keys(stages, classes=CLASSES, fingerprint="0" * 32)
+def publish(store: Store) -> None:
+    """Leaves the convs of net A in the store as imported weights."""
+    net = build_net("A", classes=2, head="compact", crop=32)
+    state = {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items() if name.startswith("features")}
+    folder = store.root / "weights" / DIGEST
+    save_weights(state, folder / "model.safetensors")
+    places = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "conv4_1", "conv4_2", "conv5_1", "conv5_2")
+    record = PublishedWeights(
+        name="somewhere/vgg11", digest=DIGEST, net="A", layers=places, classes=None, outputs=None, crop=None,
+        mean=tuple(THEIRS), licence=None, origin=None, source="vgg11.pth", source_digest="0" * 32,
+        imported_at="2026-11-29T00:00:00Z",
+    )  # fmt: skip
+    (folder / "weights.json").write_text(record.model_dump_json())
 
-    check_stored_parents(stages, store, CLASSES)
-    net, weights = parent_weights(stages[0], stages, keys, store)
 
-    assert net == "A"
-    assert weights == store.stage(KEY) / "checkpoints" / "iteration-7" / "model.safetensors"
+def change(store: Store, **about) -> None:
+    path = store.stage(KEY) / "stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | about))
+
+
+def test_the_parent_is_found_by_its_key_and_counts_in_the_childs(store):
+    stages = settle(stages_of(), store, HERE)
+    keys = keys_of(stages)
+
+    parent = parent_of(stages[0], stages, keys, store, CLASSES)
+
+    assert parent.weights == store.stage(KEY) / "checkpoints" / "iteration-7" / "model.safetensors"
+    assert parent.key == KEY and len(parent.tensors) == 14       # Sec. 3.1's four convs, three FC layers
     other = (stages[0].model_copy(update={"init_from": "stage:" + "f" * 16}), *stages[1:])
-    changed = stage_keys(other, classes=CLASSES, fingerprint="0" * 32)
-    assert all(changed[name] != keys[name] for name in keys)
+    assert all(keys_of(other)[name] != keys[name] for name in keys)
 
 
-def test_a_parent_that_is_absent_unfinished_or_of_other_classes_is_refused_before_anything_starts(stages, store):
+def test_a_parent_that_is_absent_unfinished_or_of_other_classes_is_refused_before_anything_starts(store):
+    stages = settle(stages_of(), store, HERE)
+
     with pytest.raises(RecipeError, match=r"init_from 'stage:0123.*' knows the classes cat, dog, but .* dog, cat"):
-        check_stored_parents(stages, store, ["dog", "cat"])
+        check_parents(stages, store, ["dog", "cat"])
 
     (store.stage(KEY) / "result.json").unlink()
-    with pytest.raises(StoreError, match=r"stage 'D-256': .* has not finished in store"):
-        check_stored_parents(stages, store, CLASSES)
+    with pytest.raises(StoreError, match=r"stage 'D-36': .* has not finished in store"):
+        settle(stages_of(), store, HERE)
 
     (store.stage(KEY) / "stage.json").unlink()
-    with pytest.raises(StoreError, match=r"stage 'D-256': .* is not in store .*`vggrow plan` prints keys"):
-        check_stored_parents(stages, store, CLASSES)
+    with pytest.raises(StoreError, match=r"stage 'D-36': .* is not in store .*`vggrow plan` prints keys"):
+        settle(stages_of(), store, HERE)
+
+
+def test_a_parent_of_another_width_is_refused_before_anything_starts(store):
+    stages = settle(stages_of(RECIPE.replace("0.0625", "0.125")), store, HERE)
+
+    with pytest.raises(RecipeError, match=r"stage 'D-36': net D from 'stage:0123.*: its features.0.weight is \(4, 3, 3, 3\)"):
+        check_parents(stages, store, CLASSES)
 
 
 def test_a_key_that_is_none_is_a_stage_that_does_not_exist():
     with pytest.raises(RecipeError, match=r"init_from names 'stage:0123', which is no stage here"):
         parse_recipe(RECIPE.replace(KEY, "0123"), place="pets.toml", folder=Path("/somewhere"))
+
+
+def test_stages_on_the_pictures_of_their_parent_keep_their_keys_and_take_the_pictures_mean(store):
+    stages = settle(stages_of(), store, HERE)
+
+    assert [stage.mean for stage in stages] == ["data", "data"]
+    assert keys_of(stages) == keys_of(stages_of())
+    assert stage_colour(stages[0], keys_of(stages), store, DATA) == DATA
+
+
+def test_new_pictures_leave_the_mean_under_the_old_weights_as_it_was(store):
+    change(store, fingerprint=ELSEWHERE)
+
+    stages = settle(stages_of(), store, HERE)
+    keys = keys_of(stages)
+
+    assert [stage.mean for stage in stages] == ["weights", "weights"]
+    assert set(keys.values()).isdisjoint(keys_of(stages_of()).values())
+    assert stage_colour(stages[0], keys, store, DATA).mean.tolist() == [9.0, 9.0, 9.0]      # of the parent's pictures
+
+
+def test_a_stage_that_recorded_its_mean_gives_that_one(store):
+    change(store, fingerprint=ELSEWHERE, mean=THEIRS, deviation=None)
+
+    assert recorded_colour(store, KEY).mean.tolist() == THEIRS
+    stages = settle(stages_of(), store, HERE)
+    assert stage_colour(stages[0], keys_of(stages), store, DATA).mean.tolist() == THEIRS
+
+
+def test_the_pictures_mean_can_be_asked_for_by_name(store):
+    change(store, fingerprint=ELSEWHERE)
+
+    stages = settle(stages_of(RECIPE.replace("scale = 36", 'scale = 36\nmean = "data"')), store, HERE)
+
+    assert stages[0].mean == "data"
+
+
+def test_published_weights_bring_their_mean_to_all_that_start_from_them(store):
+    publish(store)
+
+    stages = settle(stages_of(RECIPE + PUBLISHED), store, HERE)
+    named = {stage.name: stage for stage in stages}
+    keys = keys_of(stages)
+
+    assert named["published"].weights_digest == DIGEST
+    assert (named["published"].mean, named["fine"].mean) == ("weights", "weights")
+    assert stage_colour(named["published"], keys, store, DATA).mean.tolist() == THEIRS
+    parent = parent_of(named["published"], stages, keys, store, CLASSES)
+    assert (parent.key, parent.name) == (f"weights:{DIGEST}", "weights:somewhere/vgg11")
+    origins = check_parents(stages, store, CLASSES)
+    assert [(origin.layer, origin.source) for origin in origins["published"]] == [
+        ("conv1_1", "weights:somewhere/vgg11"), ("conv2_1", "weights:somewhere/vgg11"), ("fc1", None)
+    ]  # fmt: skip
+    assert {origin.source for origin in origins["fine"]} == {"'published'"}
+
+
+def test_weights_that_are_not_there_and_a_deviation_that_they_do_not_have_are_one_line_each(store):
+    with pytest.raises(StoreError, match=r"somewhere/vgg11"):
+        settle(stages_of(RECIPE + PUBLISHED), store, HERE)
+
+    publish(store)
+    text = RECIPE + PUBLISHED.replace('fit = "logistic"', 'fit = "logistic"\nstandardise = true')
+    with pytest.raises(RecipeError, match=r"stage 'published': standardise = true, but weights:somewhere/vgg11 have their dev"):
+        settle(stages_of(text), store, HERE)
+
+
+def test_a_stage_that_takes_its_parents_mean_must_be_standardised_as_it_was(store):
+    change(store, fingerprint=ELSEWHERE)
+    text = RECIPE.replace('root = "pictures"', 'root = "pictures"\nstandardise = true')
+
+    with pytest.raises(RecipeError, match=r"stage 'D-36': standardise is true, but not for 'stage:0123"):
+        settle(stages_of(text), store, HERE)

@@ -76,6 +76,7 @@ def job_of(world, **changes) -> StageJob:
         store=store.root,
         fingerprint=manifest.fingerprint,
         parent=None,
+        colour=manifest.colour,
         lock="stage-test",
         fence=1,
         nonce="here",

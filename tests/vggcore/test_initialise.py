@@ -1,4 +1,4 @@
-"""First weights: their distribution, their sameness on every machine, and what a deeper net takes over from A."""
+"""First weights: their distribution, and their sameness on every machine."""
 
 import math
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from vggcore.counter_hash import hash64
-from vggcore.errors import RecipeError
-from vggcore.initialise import copy_from_parent, initialise_net, normals16
-from vggcore.nets import FC_NAMES, NETS, build_net, conv_names
+from vggcore.initialise import initialise_net, normals16
+from vggcore.nets import build_net, conv_names
 
 SMALL = {"classes": 4, "width": 1 / 8, "crop": 32}
 
@@ -123,84 +122,3 @@ def test_weights_are_the_same_in_channels_last():
 
     plain = weights("he")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in net.state_dict().items())
-
-
-@pytest.mark.parametrize("net_name", [net for net in NETS if net != "A"])
-def test_a_deeper_net_takes_four_convs_by_place_and_three_fc_layers_from_a(net_name):
-    parent = weights(name="A-256")
-    net = build_net(net_name, **SMALL)
-    initialise_net(net, "he", width=1 / 8, seed=1, name="child")
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-    copied = copy_from_parent(net, parent, net_name=net_name, parent_name="A", head="paper")
-
-    after, a_names = net.state_dict(), conv_names("A")
-    expected = {f"{fc}.{kind}": f"{fc}.{kind}" for fc in FC_NAMES["paper"] for kind in ("weight", "bias")}
-    for place in ("conv1_1", "conv2_1", "conv3_1", "conv3_2"):
-        for kind in ("weight", "bias"):
-            expected[f"{conv_names(net_name)[place]}.{kind}"] = f"{a_names[place]}.{kind}"
-    assert len(copied) == 14
-    assert set(copied) == set(expected)
-    for name, tensor in after.items():
-        assert torch.equal(tensor, parent[expected[name]] if name in expected else before[name]), name
-
-
-def test_the_copied_convs_of_d_stand_at_the_papers_places():
-    parent = weights(name="A-256")
-    net = build_net("D", **SMALL)
-    initialise_net(net, "he", width=1 / 8, seed=1, name="D-256")
-
-    copied = copy_from_parent(net, parent, net_name="D", parent_name="A", head="paper")
-
-    assert [name for name in copied if name.startswith("features") and name.endswith("weight")] == [
-        "features.0.weight",
-        "features.5.weight",
-        "features.10.weight",
-        "features.12.weight",
-    ]
-    assert torch.equal(net.state_dict()["features.12.weight"], parent["features.8.weight"])
-
-
-def test_the_compact_head_takes_its_two_fc_layers():
-    parent = weights(head="compact", name="A-256")
-    net = build_net("B", head="compact", **SMALL)
-    initialise_net(net, "he", width=1 / 8, seed=1, name="B-256")
-
-    copied = copy_from_parent(net, parent, net_name="B", parent_name="A", head="compact")
-
-    assert len(copied) == 12
-    assert {"classifier.1.weight", "classifier.4.weight"} < set(copied)
-    assert torch.equal(net.state_dict()["classifier.4.weight"], parent["classifier.4.weight"])
-
-
-def test_a_net_of_the_same_configuration_takes_every_tensor():
-    parent = weights(net="D", name="D-256")
-    net = build_net("D", **SMALL)
-    initialise_net(net, "he", width=1 / 8, seed=1, name="D-384")
-
-    copied = copy_from_parent(net, parent, net_name="D", parent_name="D", head="paper")
-
-    assert copied == list(parent)
-    assert all(torch.equal(tensor, parent[name]) for name, tensor in net.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("parent_settings", "words"),
-    [
-        ({"classes": 5}, r"the parent's classifier\.6\.weight is \(5, 512\), wanted \(4, 512\).*same .*classes"),
-        ({"crop": 64}, r"classifier\.0\.weight is \(512, 256\), wanted \(512, 64\).*same .*crop"),
-        ({"width": 1 / 16}, r"features\.0\.weight is \(4, 3, 3, 3\), wanted \(8, 3, 3, 3\).*same .*width"),
-        ({"head": "compact"}, r"the parent has no classifier\.0\.weight, wanted \(512, 64\).*same head"),
-    ],
-)
-@pytest.mark.parametrize("net_name", ["A", "D"])
-def test_a_parent_that_does_not_fit_is_refused_before_anything_is_copied(parent_settings, words, net_name):
-    parent = weights(name="A-256", **parent_settings)
-    net = build_net(net_name, **SMALL)
-    initialise_net(net, "he", width=1 / 8, seed=1, name="child")
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-    with pytest.raises(RecipeError, match=f"^net {net_name} from a parent A: .*{words}"):
-        copy_from_parent(net, parent, net_name=net_name, parent_name="A", head="paper")
-
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
