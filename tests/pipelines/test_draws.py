@@ -107,6 +107,21 @@ def test_a_partner_is_another_places_picture_seen_by_draws_of_its_own():
     assert not np.array_equal(weights(rule, 3, np.arange(9)), weights(rule, 4, np.arange(9)))
 
 
+def test_a_partner_never_comes_from_the_same_place():
+    pictures = pictures_of([(90, 120)] * 3)
+
+    pairs = {
+        (int(first), int(second))
+        for epoch in range(40)
+        for first, second in zip(
+            *(make(replace(RULE, mixup=0.4), pictures, COLOUR, epoch, np.arange(3)).picture for make in (views, partners)),
+            strict=True,
+        )
+    }
+
+    assert pairs == {(first, second) for first in range(3) for second in range(3) if first != second}
+
+
 def test_one_picture_alone_is_its_own_partner():
     rows = partners(replace(RULE, mixup=0.4), pictures_of([(90, 120)]), COLOUR, 0, np.arange(1))
 

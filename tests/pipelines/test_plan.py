@@ -31,6 +31,7 @@ COLOUR = Colour(
     eigenvalues=np.array([0.2, 0.02, 0.004]),
 )
 EVERYTHING = {"view": "whole", "scale": (224, 224), "flip_vertical": True, "quarter_turns": True, "balance": 0.5}
+RANDOM_AREA = {"scale": (256, 256), "area": (0.08, 1.0), "erase": 0.5}
 
 # Frozen on 2026-11-24: if one of these changes, every run of every user changes.
 FROZEN_HASH = [2602221277231203895, 2119880671029686662, 7325768603044359780]
@@ -123,7 +124,7 @@ def test_the_last_short_batch_counts():
     assert [batches_per_epoch(n, 256) for n in (1, 255, 256, 257, 512)] == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("rule", [RULE, replace(RULE, **EVERYTHING)])
+@pytest.mark.parametrize("rule", [RULE, replace(RULE, **EVERYTHING), replace(RULE, **RANDOM_AREA)])
 def test_a_view_does_not_depend_on_which_others_are_asked_for(rule):
     together = views(rule, MANY, COLOUR, 5, np.arange(100, 164))
 
