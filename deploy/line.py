@@ -333,7 +333,7 @@ def batch_titles(batch: Batch, classes: Sequence[str]) -> list[str]:
     if batch.mix is None or batch.partner_labels is None:
         return titles
     others = [classes[label] for label in batch.partner_labels.tolist()]
-    return [f"{100 * mix:.0f} {one} + {other}" for mix, one, other in zip(batch.mix.tolist(), titles, others, strict=True)]
+    return [f"{100 * mix:.0f} % {one} + {other}" for mix, one, other in zip(batch.mix.tolist(), titles, others, strict=True)]
 
 
 def registered_stage(recipe: Recipe, stages: Sequence[Stage], keys: dict[str, str], store: Store) -> Stage:

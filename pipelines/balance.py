@@ -39,10 +39,9 @@ def balanced_pictures(labels: Integers, balance: float, epoch: int, key: NDArray
     """
     sizes = np.bincount(labels).astype(np.int64)
     before, after = (counts_after(epochs, sizes, balance) for epochs in (epoch, epoch + 1))
+    classes = np.split(np.argsort(labels, kind="stable").astype(np.int64), np.cumsum(sizes)[:-1])
     chosen = [
-        cycled(np.flatnonzero(labels == label), start, stop, key)
-        for label, (start, stop) in enumerate(zip(before, after, strict=True))
-        if start < stop
+        cycled(rows, start, stop, key) for rows, start, stop in zip(classes, before, after, strict=True) if start < stop
     ]
     return np.sort(np.concatenate(chosen))
 

@@ -30,4 +30,4 @@ def test_a_sheet_shows_mixed_turned_and_erased_views_with_both_classes_and_their
     loader.close()
     assert sheets[0].shape == sheets[1].shape and not np.array_equal(*sheets)
     one, two = (manifest.classes[int(labels[0])] for labels in (batch.labels, batch.partner_labels))
-    assert len(titles) == 7 and titles[0] == f"{100 * float(batch.mix[0]):.0f} {one} + {two}"
+    assert len(titles) == 7 and titles[0] == f"{100 * float(batch.mix[0]):.0f} % {one} + {two}"
