@@ -86,14 +86,17 @@ def scan(source: Path, store: str, as_json: bool) -> None:
 @vggrow.command()
 @click.argument("recipe", type=RECIPE)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers to plan for.")
+@click.option("--pictures", type=click.IntRange(1), help="Training pictures to plan for, before a scan.")
+@click.option("--classes", type=click.IntRange(2), help="Classes to plan for, before a scan.  [default: 1000]")
 @store_option
 @json_option
-def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
+def plan(recipe: Path, workers: int, pictures: int | None, classes: int | None, store: str, as_json: bool) -> None:
     """Say what `vggrow train RECIPE` would do: stages in order, parameters, memory, operations. Starts nothing.
 
     \b
-    Example:
+    Examples:
         vggrow plan training/recipes/elpv.toml
+        vggrow plan training/recipes/imagenet-paper.toml --pictures 1281167 --workers 8
     """
     from vggcore.recipe import load_recipe
 
@@ -106,7 +109,8 @@ def plan(recipe: Path, workers: int, store: str, as_json: bool) -> None:
     from training.store import Store
 
     opened = Store(Path(store).absolute())
-    found = plan_schedule(loaded, known_manifest(loaded.data, opened), workers, opened.root)
+    manifest = known_manifest(loaded.data, opened)
+    found = plan_schedule(loaded, manifest, workers, opened.root, pictures=pictures, classes=classes)
     if as_json:
         print_json(asdict(found))
     else:

@@ -11,6 +11,7 @@ from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
 from training.parents import check_parents, settle
 from training.store import Store
+from vggcore.errors import RecipeError
 from vggcore.nets import LayerRow, layer_table
 from vggcore.recipe import Recipe
 from vggcore.recipe_checks import stored_key
@@ -62,15 +63,26 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan(recipe: Recipe, manifest: Manifest | None, workers: int, store: Path) -> Plan:
+def plan(
+    recipe: Recipe,
+    manifest: Manifest | None,
+    workers: int,
+    store: Path,
+    *,
+    pictures: int | None = None,
+    classes: int | None = None,
+) -> Plan:
     """The plan of `recipe` on `workers` workers, against what `store` holds; decodes nothing and starts nothing.
 
-    manifest: of the recipe's data if it was scanned; None: sizes are those of the paper's 1,000 classes (2 for elpv),
-    and whether a stage is done cannot be said.
+    manifest: of the recipe's data if it was scanned; None: sizes are for `classes` classes, else the paper's 1,000 (2 for
+    elpv), iterations for `pictures` training pictures where they are given, and whether a stage is done cannot be said.
+    Raises RecipeError where both a manifest and numbers in its place are given.
     """
-    classes, notes = classes_known(recipe, manifest)
+    if manifest is not None and (pictures or classes):
+        raise RecipeError("--pictures, --classes: no effect, since the pictures have been scanned into this store; remove them")
+    classes, notes = classes_known(recipe, manifest, classes)
     stages, origins = with_origins(resolve_stages(recipe), manifest, classes, Store(store))
-    pictures = len(manifest.split("train").labels) if manifest else None
+    pictures = len(manifest.split("train").labels) if manifest else pictures
     keys: dict[str, str] = {}
     if manifest:
         keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
@@ -110,11 +122,13 @@ def with_origins(
     return settled, check_parents(settled, store, names)
 
 
-def classes_known(recipe: Recipe, manifest: Manifest | None) -> tuple[int, list[str]]:
-    """How many classes the nets get, and what has to be said about it."""
+def classes_known(recipe: Recipe, manifest: Manifest | None, classes: int | None) -> tuple[int, list[str]]:
+    """How many classes the nets get, and what has to be said about it; classes: what was asked for, or None."""
     if manifest is not None:
         return len(manifest.classes), []
     scan = "run `vggrow data scan` on this recipe for iterations, operations and what is done already"
+    if classes is not None:
+        return classes, [f"the pictures have not been scanned into this store yet: {scan}"]
     if recipe.data.source == "elpv":
         return 2, [f"the pictures have not been scanned into this store yet: {scan}"]
     return CLASSES_OF_THE_PAPER, [
@@ -289,6 +303,8 @@ def origin_line(stage: StagePlan) -> str:
     taken = [origin.layer for origin in stage.layers if origin.source]
     random = [origin.layer for origin in stage.layers if not origin.source]
     source = next(origin.source for origin in stage.layers if origin.source)
+    if not random:
+        taken = ["all layers"]
     rest = f"; random: {', '.join(random)}" if random else ""
     mean = ", with its mean" if stage.mean == "weights" else ""
     return f"  {stage.name}: {', '.join(taken)} from {source}{mean}{rest}"

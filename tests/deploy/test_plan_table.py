@@ -12,9 +12,10 @@ import torch
 from deploy.plan_table import kept_for_backward, layer_text, number, plan, plan_text
 from pipelines.colour import SUMS, Colour
 from pipelines.manifest import SCHEMA, Manifest, fingerprint_of
+from vggcore.errors import RecipeError
 from vggcore.initialise import initialise_net
 from vggcore.nets import build_net, layer_table
-from vggcore.recipe import Recipe, parse_recipe
+from vggcore.recipe import Recipe, load_recipe, parse_recipe
 from vggcore.schedule import resolve_stages, stage_keys
 
 PETS = """
@@ -206,3 +207,31 @@ def test_the_layers_of_a_net_add_up_in_the_last_line() -> None:
 )
 def test_numbers_keep_three_digits(value: float, text: str) -> None:
     assert number(value) == text
+
+
+IMAGENET = 1_281_167      # training pictures of ImageNet-2012
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+
+
+def test_the_recipes_for_imagenet_are_planned_completely_before_a_scan(tmp_path: Path) -> None:
+    paper, later = (
+        plan(load_recipe(RECIPES / name), None, 8, tmp_path, pictures=IMAGENET)
+        for name in ("imagenet-paper.toml", "imagenet-2023.toml")
+    )
+
+    assert {stage.max_iterations for stage in paper.stages} == {74 * 5005}      # Sec. 3.1: 370K iterations
+    assert [stage.name for stage in later.stages] == ["A", "B", "D", "E"]
+    assert {stage.max_iterations for stage in later.stages} == {200 * 5005}
+    assert all(stage.max_pflop and stage.layers for stage in (*paper.stages, *later.stages))
+
+
+def test_a_plan_says_which_layers_come_from_where_and_which_are_random(tmp_path: Path) -> None:
+    text = plan_text(plan(recipe_of(PETS), manifest_of(train=21), 1, tmp_path)).split("first weights:\n")[1]
+
+    first = text.splitlines()[0]
+    assert first.startswith("  D-64: conv1_1, conv2_1, conv3_1, conv3_2, fc1, fc2, fc3 from 'A-64'; random: conv1_2, conv2_2, ")
+
+
+def test_numbers_in_place_of_a_scan_are_refused_where_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^--pictures, --classes: no effect, since the pictures have been scanned"):
+        plan(recipe_of(PETS), manifest_of(train=21), 1, tmp_path, pictures=5)

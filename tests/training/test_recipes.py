@@ -13,7 +13,7 @@ RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 
 def cost(stage: Stage) -> int:
     """Multiply-adds of one view through all epochs, forward."""
-    table = layer_table(stage.net, classes=2, head=stage.head, width=stage.width, crop=stage.crop)
+    table = layer_table(stage.net, classes=2, **stage.net_settings)
     return stage.max_epochs * sum(row.macs for row in table)
 
 
