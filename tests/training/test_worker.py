@@ -177,6 +177,19 @@ def test_a_diverging_loss_stops_the_stage_names_the_iteration_and_keeps_the_last
     assert not is_done(store, keys["A-36"])
 
 
+def test_a_loss_that_is_not_a_number_names_the_partners_that_mixup_added(world):
+    part = training(world, mixup=0.4)
+    batch = next(part.loader.epoch(0))
+    lone = dataclasses.replace(batch, images=batch.images * torch.tensor([float("nan")] + [1.0] * 6)[:, None, None, None])
+
+    problem = str(part.no_number(lone, 1, float("nan")))
+
+    part.loader.close()
+    assert "nan for 2 pictures" in problem
+    for place in (batch.pictures[0], batch.partners[0]):
+        assert repr(str(part.train.paths[place])) in problem
+
+
 def test_the_logs_of_a_stage_tell_each_epoch_and_checkpoint_once_and_its_machine_was_sampled(world, tmp_path):
     recipe, _, manifest = world
     store = open_store(tmp_path / "store")
