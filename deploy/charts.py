@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -123,12 +124,15 @@ def finite(row: HistoryRow, name: str) -> bool:
 
 
 def rate_drops(epochs: Sequence[HistoryRow]) -> list[tuple[int, float]]:
-    """(iteration, new rate) where the learning rate fell: the end of the last epoch that ran at the old rate."""
+    """(iteration, new rate) where the plateau rule divided the rate by 10: the end of the last epoch at the old one.
+
+    A rate that falls with every iteration has no such places.
+    """
     known = [row for row in epochs if finite(row, "learning_rate")]
     return [
         (int(before["iteration"]), float(after["learning_rate"]))
         for before, after in itertools.pairwise(known)
-        if after["learning_rate"] < before["learning_rate"]
+        if math.isclose(10 * after["learning_rate"], before["learning_rate"], rel_tol=1e-9)
     ]
 
 

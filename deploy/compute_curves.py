@@ -15,10 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deploy.charts import DPI, STYLE, HistoryRow, finite
-from deploy.plan_table import BACKWARD_FACTOR, aligned, number
+from deploy.plan_table import aligned, number
 from deploy.report import find_schedule
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import batches_per_epoch
+from training.freezing import usual_macs
 from training.history import read_history
 from training.store import read_json
 from vggcore.errors import StoreError
@@ -188,7 +189,7 @@ class Cost:
         if key not in self.a_view:
             stage = Stage.model_validate_json(json.dumps(settings))
             table = layer_table(stage.net, classes=self.classes, **stage.net_settings)
-            self.a_view[key] = 2.0 * BACKWARD_FACTOR * sum(row.macs for row in table)
+            self.a_view[key] = 2.0 * usual_macs(stage, table)
         epochs, rest = divmod(iteration, self.iterations_an_epoch(key))
         views: float = epochs * self.pictures + min(rest * settings["global_batch"], self.pictures)
         return self.a_view[key] * views

@@ -9,6 +9,8 @@ from typing import Any
 
 from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
+from training.freezing import frozen_layers, usual_macs
+from training.optimise import moments
 from training.parents import check_parents, settle
 from training.store import Store
 from vggcore.errors import RecipeError
@@ -21,7 +23,6 @@ from vggcore.transfer import LayerOrigin
 FLOAT_BYTES = 4
 POOL_INDEX_BYTES = 8      # max pooling remembers where each maximum was, as int64
 LRN_COPIES = 5            # what torch's LocalResponseNorm keeps for backward, in copies of its output (measured)
-BACKWARD_FACTOR = 3       # forward, and twice as much backward: gradients of the inputs and of the weights
 CLASSES_OF_THE_PAPER = 1000
 WORKER_GIB = 0.9          # a Ray worker with torch and DALI, before the net (650 to 860 MB were measured)
 
@@ -161,7 +162,8 @@ def stage_plan(
     """The row of one stage; `pictures` is the training split's size."""
     parameters = sum(row.parameters for row in table)
     weights = parameters * FLOAT_BYTES
-    flop = 2 * BACKWARD_FACTOR * sum(row.macs for row in table)
+    trained = sum(row.parameters for row in table[frozen_layers(stage, table) :]) * FLOAT_BYTES
+    flop = 2 * usual_macs(stage, table)
     return StagePlan(
         name=stage.name,
         net=stage.net,
@@ -174,32 +176,34 @@ def stage_plan(
         max_iterations=stage.max_epochs * batches_per_epoch(pictures, stage.global_batch) if pictures else None,
         parameters=parameters,
         weights_mb=weights / 1e6,
-        memory_per_worker_gib=memory_per_worker(stage, table, weights, workers) / 2**30,
+        memory_per_worker_gib=memory_per_worker(stage, table, weights, trained, workers) / 2**30,
         gflop_per_picture=flop / 1e9,
         max_pflop=flop * pictures * stage.max_epochs / 1e15 if pictures else None,
-        traffic_per_iteration_mb=2 * (workers - 1) / workers * weights / 1e6,   # ring all-reduce
+        traffic_per_iteration_mb=2 * (workers - 1) / workers * trained / 1e6,   # ring all-reduce
         mean=stage.mean,
         layers=layers,
     )
 
 
-def memory_per_worker(stage: Stage, table: Sequence[LayerRow], weights: int, workers: int) -> float:
-    """Bytes: weights, gradients (DDP's buckets are views of them), momentum, what forward keeps, two gradients in flight."""
+def memory_per_worker(stage: Stage, table: Sequence[LayerRow], weights: int, trained: int, workers: int) -> float:
+    """Bytes: weights; gradients (DDP's buckets are views of them) and moments of those that are trained; what forward
+    keeps, and two gradients in flight."""
     batch = largest_share(stage.global_batch, workers)
     if stage.micro_batch:
         batch = min(batch, stage.micro_batch)
     widest = max(math.prod(row.output) for row in table) * activation_bytes(stage)
-    return 3 * weights + batch * (kept_for_backward(table, stage) + 2 * widest)
+    return weights + (1 + moments(stage)) * trained + batch * (kept_for_backward(table, stage) + 2 * widest)
 
 
 def kept_for_backward(table: Sequence[LayerRow], stage: Stage) -> int:
     """Bytes that one picture's forward pass keeps: its view, each conv's and FC layer's output, pools and their places.
 
-    ReLU works in place and keeps nothing more. Within a few percent of torch's own count (a test compares them).
+    ReLU works in place and keeps nothing more. Of frozen layers only what the last one gives is kept. Within a few percent
+    of torch's own count (a test compares them).
     """
-    size = activation_bytes(stage)
-    kept = 3 * stage.crop**2 * size
-    for row in table:
+    size, frozen = activation_bytes(stage), frozen_layers(stage, table)
+    kept = (math.prod(table[frozen - 1].output) if frozen else 3 * stage.crop**2) * size
+    for row in table[frozen:]:
         values = math.prod(row.output)
         if row.macs:
             kept += values * size

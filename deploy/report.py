@@ -346,7 +346,13 @@ def curves_in_words(epochs: Sequence[Mapping[str, Any]]) -> str:
         )
     ends = {row["iteration"]: row["epoch"] for row in epochs}
     drops = [f"to {rate:g} after epoch {ends[iteration]}" for iteration, rate in charts.rate_drops(epochs)]
-    words.append("the learning rate fell " + ", ".join(drops) if drops else "the learning rate never fell")
+    rates = {row["learning_rate"] for row in epochs if charts.finite(row, "learning_rate")}
+    if drops:
+        words.append("the learning rate fell " + ", ".join(drops))
+    elif len(rates) > 1:
+        words.append(f"the learning rate moved between {min(rates):g} and {max(rates):g}")
+    else:
+        words.append("the learning rate never fell")
     return "; ".join(words) + "."
 
 

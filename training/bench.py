@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.cache import cache_folder, make_cache, open_cache
 from pipelines.manifest import Manifest, Pictures
 from training.bench_subject import Subject, subject
+from training.freezing import freeze, training_macs
 from training.learner import Learner, set_up_torch
-from training.optimise import Sgd, make_optimizer
+from training.optimise import Way, make_optimizer
 from training.stage_job import StageJob
 from training.store import Store
 from training.team import Team
@@ -36,7 +38,6 @@ from vggcore.nets import Vgg, build_net, layer_table
 from vggcore.schedule import Stage
 
 MATRIX = {"cpu": 2048, "cuda": 8192}    # side of the matrices of (i): far above the caches, as large layers are
-BACKWARD = 3                     # multiplications of forward and backward together, in those of forward
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,8 @@ def bench_job(stage: Stage, manifest: Manifest, scratch: Path, *, threads: int, 
 
 
 def operations(stage: Stage, classes: int) -> float:
-    """Multiplications and additions of a picture's forward and backward; the first conv has no gradient of its input."""
-    rows = layer_table(stage.net, classes=classes, **stage.net_settings)
-    return 2.0 * (BACKWARD * sum(row.macs for row in rows) - rows[0].macs)
+    """Multiplications and additions of a picture's forward and backward."""
+    return 2.0 * training_macs(stage, layer_table(stage.net, classes=classes, **stage.net_settings))
 
 
 def dtype_of(stage: Stage) -> torch.dtype:
@@ -162,19 +162,20 @@ def matmul_limit(stage: Stage, device: str, seconds: float) -> float:
     return rate(multiply(), seconds) * 2.0 * side**3
 
 
-def made_net(job: StageJob, classes: int, sgd: Sgd = "fused") -> tuple[Vgg, torch.optim.SGD]:
+def made_net(job: StageJob, classes: int, way: Way = "fused") -> tuple[Vgg, Optimizer]:
     """The stage's net with first weights in its memory format, and its optimiser."""
     stage = job.stage
     net = build_net(stage.net, classes=classes, **stage.net_settings)
     initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     net.to(job.device).to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
-    return net.train(), make_optimizer(net.parameters(), stage, sgd)
+    freeze(net, stage)
+    return net.train(), make_optimizer(net.named_parameters(), stage, way)
 
 
 def update(
     job: StageJob,
     model: nn.Module,
-    optimizer: torch.optim.SGD,
+    optimizer: Optimizer,
     images: Tensor,
     labels: Tensor,
     *,
@@ -196,14 +197,14 @@ def bare_loop(
     classes: int,
     batch: int,
     first: tuple[int, ...] = (),
-    sgd: Sgd = "fused",
+    way: Way = "fused",
     set_to_none: bool = True,
 ) -> Iterator[int]:
     """(ii) on one batch in memory, an iteration a step: yields its pictures.
 
     first: pictures of the first iterations, at most `batch`; then `batch` for ever.
     """
-    net, optimizer = made_net(job, classes, sgd)
+    net, optimizer = made_net(job, classes, way)
     model: nn.Module = torch.compile(net, dynamic=False) if job.stage.compile else net    # type: ignore[assignment]
     images = torch.randn(batch, 3, job.stage.crop, job.stage.crop, device=job.device)
     labels = torch.zeros(batch, dtype=torch.int64, device=job.device)

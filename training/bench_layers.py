@@ -7,20 +7,22 @@ counts. What a layer costs in the whole net may differ a little: there its input
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipelines.manifest import Manifest
-from training.bench import BACKWARD, bare_loop, made_net, matmul_limit, wait_for
+from training.bench import bare_loop, made_net, matmul_limit, wait_for
 from training.bench_subject import Subject, subject
+from training.freezing import BACKWARD, frozen_layers
 from training.learner import set_up_torch
 from training.stage_job import StageJob
 from vggcore.nets import LayerRow, Vgg, layer_table
 
 LEAST_COUNTS = 3          # runs of a layer
+Gradients = Literal["none", "weights", "both"]      # of a frozen layer, of the first that is trained, of all others
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,18 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
     net, optimizer = made_net(job, classes)
     net.set_draws(stage.seed, 0, torch.arange(batch, device=job.device))
     rows = layer_table(stage.net, classes=classes, **stage.net_settings)
+    frozen = frozen_layers(stage, rows)
     images = torch.randn(batch, 3, stage.crop, stage.crop, device=job.device)
     layout = torch.channels_last if stage.channels_last else torch.contiguous_format
     copy = least(lambda: lambda: images.contiguous(memory_format=layout), seconds / len(rows), job.device)
     found = [part("memory format", copy)]
     with torch.autocast(job.device, torch.bfloat16, enabled=stage.precision == "bf16"):
         units = images.contiguous(memory_format=layout)
-        for row in rows:
+        for place, row in enumerate(rows):
             units = units.flatten(1) if row.name == first_of_head(net) else units
-            time_of_layer, units = layer_time(row, net.get_submodule(row.name), units, limit, seconds / len(rows), job.device)
+            module = net.get_submodule(row.name)
+            gradients: Gradients = "none" if place < frozen else "weights" if place == frozen else "both"
+            time_of_layer, units = layer_time(row, module, units, gradients, limit, seconds / len(rows), job.device)
             found.append(time_of_layer)
     logits, labels = units.float().requires_grad_(), torch.zeros(batch, dtype=torch.int64, device=job.device)
     loss = least(
@@ -114,12 +119,11 @@ def first_of_head(net: Vgg) -> str:
 
 
 def layer_time(
-    row: LayerRow, module: nn.Module, units: Tensor, limit: float, seconds: float, device: str
+    row: LayerRow, module: nn.Module, units: Tensor, gradients: Gradients, limit: float, seconds: float, device: str
 ) -> tuple[LayerTime, Tensor]:
-    """A layer's times on `units`, and what it makes of them; the first conv needs no gradient of the pictures."""
-    first = row.name == "features.0"
-    source = units.detach().requires_grad_(not first)
-    wanted = [*module.parameters()] if first else [source, *module.parameters()]
+    """A layer's times on `units`, and what it makes of them; `gradients`: what its backward pass computes in training."""
+    source = units.detach().requires_grad_(gradients == "both")
+    wanted = [*([source] if gradients == "both" else []), *module.parameters()]
 
     def forward() -> Callable[[], Tensor]:
         taken = source.clone()      # a ReLU works in place; what autograd says of a clone costs nothing
@@ -132,8 +136,9 @@ def layer_time(
         made = forward()()
         return lambda: torch.autograd.grad(made, wanted, gradient)
 
-    times = least(forward, seconds / 2, device), least(backward, seconds / 2, device)
-    operations = 2.0 * row.macs * gradient.shape[0] * (BACKWARD - first)
+    trained = gradients != "none"
+    times = least(forward, seconds / 2, device), least(backward, seconds / 2, device) if trained else 0.0
+    operations = 2.0 * row.macs * gradient.shape[0] * (1 + {"none": 0, "weights": BACKWARD - 1, "both": BACKWARD}[gradients])
     return LayerTime(
         name=row.name,
         kind=row.kind,

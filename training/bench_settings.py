@@ -17,7 +17,7 @@ from training.bench import bare_loop, rate
 from training.bench_subject import Subject, processor_flags, subject
 from training.learner import set_up_torch
 from training.memory import keep_memory
-from training.optimise import Sgd
+from training.optimise import Way
 from training.stage_job import StageJob
 from vggcore.schedule import Stage
 
@@ -30,7 +30,7 @@ class Choice:
 
     name: str                        # what is not as the recipe, or our code, has it
     stage: Stage
-    sgd: Sgd = "fused"               # how the update is computed
+    way: Way = "fused"               # how the update is computed
     set_to_none: bool = True         # gradients are let go after the update; False: zeroed in place
     keep_memory: bool = True         # training/memory.py
     cudnn_benchmark: bool = False    # cuDNN tries its algorithms first (GPU)
@@ -69,13 +69,14 @@ class SettingSpeeds(Subject):
 def choices_of(stage: Stage, device: str) -> list[Choice]:
     """The stage as it is, and each choice that this device has; precision "tf32" and cudnn.benchmark are a GPU's."""
     plain = stage.model_copy(update={"compile": False})
+    optimiser = "AdamW" if stage.optimiser == "adamw" else "SGD"
     layout = "contiguous (NCHW)" if stage.channels_last else "channels_last"
     found = [
         Choice("as in the recipe", plain),
         Choice(layout, plain.model_copy(update={"channels_last": not stage.channels_last})),
         Choice("compile", stage.model_copy(update={"compile": True})),
-        Choice("SGD foreach", plain, sgd="foreach"),
-        Choice("SGD a loop over parameters", plain, sgd="loop"),
+        Choice(f"{optimiser} foreach", plain, way="foreach"),
+        Choice(f"{optimiser} a loop over parameters", plain, way="loop"),
         Choice("gradients zeroed", plain, set_to_none=False),
         Choice("memory given back", plain, keep_memory=False),
     ]
@@ -146,7 +147,7 @@ def loop_of(job: StageJob, choice: Choice, manifest: Manifest) -> Iterator[int]:
         classes=len(manifest.classes),
         batch=size,
         first=(size, short or size, size, short or size) if choice.stage.compile else (),
-        sgd=choice.sgd,
+        way=choice.way,
         set_to_none=choice.set_to_none,
     )
 

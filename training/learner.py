@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.loader import Batch
 from training.checkpoint import Checkpoint
+from training.freezing import freeze, frozen_parameters
 from training.memory import keep_memory
-from training.optimise import check_layouts, load_momentum, make_optimizer
+from training.optimise import check_layouts, load_moments, make_optimizer, set_learning_rate
 from training.stage_job import StageJob
 from training.team import Team
 from vggcore.initialise import initialise_net
@@ -47,9 +48,10 @@ class Learner:
             self.net.load_state_dict(checkpoint.weights())
         self.net.to(team.device)
         self.net.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
-        self.optimizer = make_optimizer(self.net.parameters(), stage)
+        freeze(self.net, stage)      # before DDP, which exchanges the gradients of what is trained alone
+        self.optimizer = make_optimizer(self.net.named_parameters(), stage)
         if checkpoint is not None:
-            load_momentum(self.optimizer, checkpoint.optimizer_state())
+            load_moments(self.optimizer, checkpoint.optimizer_state())
         self.checked = False       # the layouts of what the optimiser walks over, at the first update
         self.model = self.parallel_model()
 
@@ -132,11 +134,12 @@ class Learner:
             logits = self.net(self.laid_out(batch.images))
         return cross_entropy(logits.float(), batch.labels, reduction="none")
 
-    def update(self) -> None:
-        """One step of the optimiser, by the gradient that has come together."""
+    def update(self, learning_rate: float) -> None:
+        """One step of the optimiser at the classifier's rate, by the gradient that has come together."""
         if not self.checked:
             check_layouts(self.optimizer)
             self.checked = True
+        set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -147,3 +150,5 @@ def first_weights(net: Vgg, job: StageJob) -> None:
     initialise_net(net, stage.initialise, width=stage.width, seed=stage.seed, name=stage.net)
     if job.parent is not None:
         copy_tensors(net, load_weights(job.parent.weights), job.parent.tensors)
+        random = set(frozen_parameters(stage)) - job.parent.tensors.keys()
+        assert not random, f"frozen, but random: {sorted(random)}"      # refused by training.parents

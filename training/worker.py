@@ -25,7 +25,8 @@ from pipelines.plan import batches_per_epoch
 from training.checkpoint import Checkpoint, CheckpointWriter, Progress, newest_checkpoint, read_checkpoint, set_aside
 from training.history import HistoryWriter, cut_history
 from training.learner import Learner, set_up_torch
-from training.optimise import Plateau, ended_by, set_learning_rate
+from training.learning_rate import learning_rate, steers
+from training.optimise import Plateau, ended_by
 from training.orders import LAST_CHECKPOINTS_S, Orders
 from training.picture_log import PictureLog
 from training.stage_job import StageJob, Superseded, prove_same_world, record_problem, view_rule
@@ -220,7 +221,7 @@ class StageTraining:
             device,
             job.threads,
             stage.precision,
-            progress.plateau.learning_rate,
+            self.rate(progress.iteration),
         )
 
     def say_written(self, iteration: int, seconds: float) -> None:
@@ -250,6 +251,11 @@ class StageTraining:
         """What has ended the stage, as result.json says it."""
         return ended_by(self.progress.plateau, epochs=self.progress.epoch, max_epochs=self.stage.max_epochs)
 
+    def rate(self, iteration: int) -> float:
+        """The classifier's learning rate in the update that follows `iteration` others."""
+        batches = batches_per_epoch(len(self.train.paths), self.stage.global_batch)
+        return learning_rate(self.stage, self.progress.plateau, iteration, batches)
+
     def train_epoch(self) -> VggrowError | str:
         """The rest of the current epoch: "done", "stopped" by request, or the problem that ended it."""
         steps = self.steps()
@@ -264,7 +270,6 @@ class StageTraining:
         """The rest of the current epoch, an iteration a step: yields pictures trained, returns what train_epoch gives."""
         progress = self.progress
         batches = batches_per_epoch(len(self.train.paths), self.stage.global_batch)
-        set_learning_rate(self.learner.optimizer, progress.plateau.learning_rate)
         self.learner.model.train()
         coming = self.loader.epoch(progress.epoch, progress.batch)
         written_at, seconds_before, began = time.monotonic(), progress.seconds, time.monotonic()
@@ -282,7 +287,7 @@ class StageTraining:
             iteration = self.progress.iteration + 1
             if not np.isfinite(total_loss):
                 return self.team.any_problem(self.no_number(batch, iteration, total_loss)) or TrainingError("no number")
-            self.learner.update()
+            self.learner.update(self.rate(iteration - 1))
             self.progress = replace(
                 self.progress,
                 batch=index + 1,
@@ -329,7 +334,7 @@ class StageTraining:
         return TrainingError(
             f"stage {self.stage.name!r}: the loss at iteration {iteration} (epoch {self.progress.epoch + 1}) is"
             f" {total_loss}{which}; the weights of iteration {iteration - 1} are kept: lower [train] learning_rate, now"
-            f" {self.progress.plateau.learning_rate:g}, or look at these pictures"
+            f" {self.rate(iteration - 1):g}, or look at these pictures"
         )
 
     def say_leaving(self) -> None:
@@ -379,12 +384,12 @@ class StageTraining:
             "train_loss": progress.loss_sum / len(self.train.paths),
             "val_loss": val_loss,
             "val_top1_accuracy": val_top1,
-            "learning_rate": progress.plateau.learning_rate,
+            "learning_rate": self.rate(progress.iteration - 1),      # of the epoch's last update
             "seconds": round(seconds, 3),
             "val_seconds": round(val_seconds, 3),
             "checkpoint_seconds": round(self.writer.waited_s, 3),
         }
-        plateau = progress.plateau.after(progress.epoch, val_top1)
+        plateau = progress.plateau.after(progress.epoch, val_top1, steers=steers(self.stage, progress.epoch))
         self.progress = replace(
             progress,
             epoch=progress.epoch + 1,

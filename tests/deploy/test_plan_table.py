@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from deploy.plan_table import kept_for_backward, layer_text, number, plan, plan_text
+from deploy.plan_table import StagePlan, kept_for_backward, layer_text, number, plan, plan_text
 from pipelines.colour import SUMS, Colour
 from pipelines.manifest import SCHEMA, Manifest, fingerprint_of
+from training.freezing import freeze as freeze_groups
 from vggcore.errors import RecipeError
 from vggcore.initialise import initialise_net
 from vggcore.nets import build_net, layer_table
@@ -143,12 +144,14 @@ def test_a_stage_that_was_interrupted_goes_on_from_its_newest_checkpoint(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("net", "head", "precision"), [("A", "paper", "fp32"), ("D", "compact", "fp32"), ("A-LRN", "paper", "fp32")]
+    ("net", "head", "freeze"),
+    [("A", "paper", 0), ("D", "compact", 0), ("A-LRN", "paper", 0), ("D", "paper", 2), ("A", "paper", 3)],
 )
-def test_the_memory_of_a_forward_pass_is_what_torch_keeps(net, head, precision: str) -> None:
+def test_the_memory_of_a_forward_pass_is_what_torch_keeps(net, head, freeze: int) -> None:
     settings = {"classes": 10, "head": head, "width": 0.125, "crop": 64, "dropout": 0.5}
-    stage = resolve_stages(recipe_of(PETS))[0].model_copy(update={"net": net, "head": head, "precision": precision})
+    stage = resolve_stages(recipe_of(PETS))[0].model_copy(update={"net": net, "head": head, "freeze": freeze})
     modules = build_net(net, **settings)
+    freeze_groups(modules, stage)
     initialise_net(modules, "he", width=0.125, seed=1, name=net)
     modules.train().set_draws(1, 1, torch.arange(4))
     weights = {weight.untyped_storage().data_ptr() for weight in modules.parameters()}
@@ -235,3 +238,16 @@ def test_a_plan_says_which_layers_come_from_where_and_which_are_random(tmp_path:
 def test_numbers_in_place_of_a_scan_are_refused_where_there_is_one(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^--pictures, --classes: no effect, since the pictures have been scanned"):
         plan(recipe_of(PETS), manifest_of(train=21), 1, tmp_path, pictures=5)
+
+
+def test_a_frozen_stage_needs_less_memory_and_traffic_and_adamw_needs_more_memory(tmp_path: Path) -> None:
+    def planned(more: str) -> StagePlan:
+        text = PETS.replace('name = "D-64"\nnet = "D"', f'name = "A-64-80"\nnet = "A"\n{more}')
+        return plan(recipe_of(text), None, 2, tmp_path).stages[1]
+
+    plain, frozen, adamw = (planned(more) for more in ("", "freeze = 5", 'optimiser = "adamw"'))
+
+    assert frozen.memory_per_worker_gib < plain.memory_per_worker_gib < adamw.memory_per_worker_gib
+    assert adamw.memory_per_worker_gib - plain.memory_per_worker_gib == pytest.approx(plain.weights_mb * 1e6 / 2**30)
+    assert frozen.traffic_per_iteration_mb < plain.traffic_per_iteration_mb == adamw.traffic_per_iteration_mb
+    assert frozen.gflop_per_picture < 0.4 * plain.gflop_per_picture      # what is left of the rest are the FC layers

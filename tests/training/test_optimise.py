@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.plan import batches_per_epoch
-from training.optimise import Plateau, check_layouts, ended_by, load_momentum, make_optimizer, set_learning_rate
+from training.optimise import Plateau, check_layouts, ended_by, load_moments, make_optimizer, set_learning_rate
 from vggcore.recipe import Train
 from vggcore.schedule import Stage
 
@@ -108,7 +108,7 @@ def test_iterations_are_the_papers_370_thousand_in_74_epochs_of_imagenet_at_batc
 def test_weight_decay_and_momentum_reach_the_biases_too():
     bias = torch.nn.Parameter(torch.ones(1))
     stage = Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
-    optimizer = make_optimizer([bias], stage)
+    optimizer = make_optimizer([("classifier.0.bias", bias)], stage)
 
     for _ in range(2):
         bias.grad = torch.zeros(1)
@@ -123,11 +123,11 @@ def test_the_three_ways_to_update_are_the_same_update_and_go_on_from_each_others
     stage = Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5)
     steps = [torch.randn(2, 33, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     weights = {way: torch.nn.Parameter(torch.ones(33)) for way in (usual, sgd)}
-    optimizers = {way: make_optimizer([weight], stage, way) for way, weight in weights.items()}
+    optimizers = {way: make_optimizer([("w", weight)], stage, way) for way, weight in weights.items()}
 
     for number, gradients in enumerate(steps):
         if number == 2:    # a checkpoint of the usual way, taken up
-            load_momentum(optimizers[sgd], deepcopy(optimizers[usual].state_dict()))
+            load_moments(optimizers[sgd], deepcopy(optimizers[usual].state_dict()))
             assert bool(optimizers[sgd].param_groups[0]["fused"]) is (sgd == "fused")
         for way, weight in weights.items():
             weight.grad = gradients[0].clone()
@@ -147,11 +147,11 @@ def test_a_checkpoints_momentum_is_laid_out_as_the_weights_are_now():
 
     plain = torch.nn.Parameter(first.clone())
     ours = torch.nn.Parameter(first.contiguous(memory_format=torch.channels_last))
-    optimizers = [make_optimizer([plain], stage, "foreach"), make_optimizer([ours], stage)]
+    optimizers = [make_optimizer([("w", plain)], stage, "foreach"), make_optimizer([("w", ours)], stage)]
     step(optimizers[0], plain)
     ours.data.copy_(plain.data)
     set_learning_rate(optimizers[0], 0.01)           # after a drop
-    load_momentum(optimizers[1], deepcopy(optimizers[0].state_dict()))
+    load_moments(optimizers[1], deepcopy(optimizers[0].state_dict()))
     assert optimizers[1].param_groups[0]["lr"] == 0.01
     assert optimizers[1].param_groups[0]["fused"] is True
     for optimizer, weight in zip(optimizers, (plain, ours), strict=True):
@@ -162,7 +162,7 @@ def test_a_checkpoints_momentum_is_laid_out_as_the_weights_are_now():
 
 def test_a_gradient_that_is_laid_out_otherwise_than_its_weights_is_not_walked_over():
     weight = torch.nn.Parameter(torch.zeros(5, 4, 3, 3).contiguous(memory_format=torch.channels_last))
-    optimizer = make_optimizer([weight], Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
+    optimizer = make_optimizer([("w", weight)], Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
     weight.grad = torch.zeros(5, 4, 3, 3)
 
     with pytest.raises(AssertionError, match="the wrong weights"):
@@ -172,7 +172,7 @@ def test_a_gradient_that_is_laid_out_otherwise_than_its_weights_is_not_walked_ov
 @pytest.mark.parametrize("shape", [(4, 4, 1, 1), (2, 1, 3, 3), (1, 1, 3, 3)])     # net C's third convs; nets of one channel
 def test_the_stride_of_a_dimension_of_one_place_says_nothing_of_where_weights_lie(shape):
     weight = torch.nn.Parameter(torch.empty(shape, memory_format=torch.channels_last))
-    optimizer = make_optimizer([weight], Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
+    optimizer = make_optimizer([("w", weight)], Stage.model_construct(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
     weight.grad = torch.zeros(shape)
     assert weight.grad.stride() != weight.stride()
 

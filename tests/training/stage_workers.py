@@ -1,0 +1,54 @@
+"""A stage's workers as processes of their own, without Ray: gloo between them, our training loop in each.
+
+    python -m tests.training.stage_workers JOB RANK WORLD_SIZE MEETING-FILE
+"""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import torch.distributed
+
+from training.stage_job import StageJob
+from training.worker import train_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start_workers(job: StageJob, count: int, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts `count` workers of the job; folder: new, for what they need to find each other."""
+    folder.mkdir()
+    (folder / "job.pickle").write_bytes(pickle.dumps(job))
+    command = [sys.executable, "-m", "tests.training.stage_workers", str(folder / "job.pickle")]
+    return [
+        subprocess.Popen([*command, str(rank), str(count), str(folder / "meeting")], cwd=ROOT) for rank in range(count)
+    ]
+
+
+def run_workers(job: StageJob, count: int, folder: Path) -> None:
+    """Trains the job to its end with `count` workers."""
+    workers = start_workers(job, count, folder)
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * count
+
+
+def kill_workers(workers: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL for all of them."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.wait()
+
+
+def main(job: str, rank: str, count: str, meeting: str) -> None:
+    """One worker, from the process group to the stage's end."""
+    if int(count) > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(count)
+        )
+    problem = train_stage({"job": pickle.loads(Path(job).read_bytes())})
+    assert problem is None, problem
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
