@@ -105,6 +105,7 @@ def describe_model(
         "crop": crop,
         "mean": [float(level) for level in colour.mean],
         "deviation": [float(level) for level in colour.deviation] if settings["standardise"] else None,
+        **({"view": "whole"} if settings.get("view") == "whole" else {}),
         "protocol": {"name": protocol, "scales": [int(scale) for scale in scales]},
         "layers": flat_layers(settings, classes),
         "lineage": dict(lineage),

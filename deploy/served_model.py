@@ -76,7 +76,7 @@ class VggModel(mlflow.pyfunc.PythonModel):
         protocol, layers = self.description["protocol"], self.description["layers"]
         total = np.zeros(len(self.classes), np.float64)
         for scale in protocol["scales"]:
-            scaled = rescale(pixels, scale)
+            scaled = rescale(pixels, scale, squeeze=self.description.get("view") == "whole")
             if protocol["name"] == "centre":
                 images = normalise(centre_crop(scaled, self.description["crop"]), self.description)
             else:
@@ -154,11 +154,14 @@ def decode_picture(encoded: bytes) -> np.ndarray:
     return np.asarray(upright.convert("RGB"))
 
 
-def rescale(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """The picture with its shorter side at `scale` pixels, uint8; bilinear, antialiased where it shrinks."""
+def rescale(pixels: np.ndarray, scale: int, *, squeeze: bool = False) -> np.ndarray:
+    """The picture with its shorter side at `scale` pixels, uint8; bilinear, antialiased where it shrinks.
+
+    squeeze: both sides at `scale`, aspect not kept, for nets that learned whole pictures so.
+    """
     height, width, _ = pixels.shape
     short = min(height, width)
-    size = [(2 * side * scale + short) // (2 * short) for side in (width, height)]
+    size = [scale if squeeze else (2 * side * scale + short) // (2 * short) for side in (width, height)]
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 

@@ -76,9 +76,9 @@ def ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def interval(values: tuple[float, float]) -> tuple[float, float]:
-    """(low, high), ValueError unless 0 < low <= high."""
-    if not 0 < values[0] <= values[1]:
-        raise ValueError(f"found {list(values)}, expected [low, high] with 0 < low <= high")
+    """(low, high), ValueError unless 0.01 <= low <= high <= 100."""
+    if not 0.01 <= values[0] <= values[1] <= 100:
+        raise ValueError(f"found {list(values)}, expected [low, high] with 0.01 <= low <= high <= 100")
     return values
 
 
@@ -90,7 +90,7 @@ Interval = Annotated[tuple[float, float], BeforeValidator(array), AfterValidator
 class Frozen(BaseModel):
     """A table of settings: no unknown key, no change after reading, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class CheckpointEvery(Frozen):
@@ -256,7 +256,7 @@ class Augment(Frozen):
     area: Interval | None = None                         # share of the picture that a crop covers (Szegedy et al. 2015)
     aspect: Interval | None = None                       # of these crops, width to height; not given: 3/4 to 4/3
     colour: Annotated[float, Field(ge=0)] = 0.1          # deviation of the three colour strengths (Sec. 3.1)
-    mixup: Annotated[float, Field(ge=0)] = 0.0           # alpha of Beta(alpha, alpha) (Zhang et al. 2018); 0: off
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0   # alpha of Beta(alpha, alpha) (Zhang et al. 2018); 0: off
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0     # probability of a rectangle at the mean (Zhong et al. 2020)
 
     @field_validator("area")

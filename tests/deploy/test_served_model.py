@@ -105,6 +105,21 @@ def test_sides_are_scaled_and_rounded_as_the_plan_of_views_does(height, width, s
     assert found.shape == (*wanted, 3)
 
 
+@torch.inference_mode()
+def test_a_net_that_learned_whole_pictures_is_served_them_squeezed_to_a_square(tmp_path):
+    settings = stage_settings() | {"view": "whole"}
+    trained = package(tmp_path, settings, protocol="centre", scales=(72,))
+    pixels = noise(1, height=90, width=131)
+
+    found = served(tmp_path).python_model.posteriors(pixels)
+
+    squeezed = scaled_less_mean(pixels, 72, 72) / deviation()
+    crop = settings["crop"]
+    first = (72 - crop) // 2
+    expected = trained(squeezed[:, :, first : first + crop, first : first + crop]).softmax(1)[0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
 def odd_pictures() -> dict[str, bytes]:
     pixels = noise(3)
     rgba = Image.fromarray(pixels)
