@@ -238,6 +238,8 @@ def record_schedule(
                 "net": stage.net,
                 "scale": list(stage.scale),
                 "init_from": stage.init_from,
+                "parent_key": parent_key(stage, keys),
+                "mean": stage.mean,
             }
             for stage in stages
         ],

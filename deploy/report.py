@@ -210,7 +210,7 @@ def stage_view(store: Path, schedule: Mapping[str, Any], place: int, manifest: M
         place=place + 1,
         entry=entry,
         run_id=(schedule.get("runs") or {}).get(name),
-        parent_key=keys.get(entry.get("init_from")),
+        parent_key=entry.get("parent_key") or keys.get(entry.get("init_from")),     # older records have names alone
         status=status,
         result=result,
     )

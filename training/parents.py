@@ -126,6 +126,22 @@ def parent_net(stage: Stage, stages: Sequence[Stage], store: Store, classes: Seq
     return stage_net(parent, known, name=repr(stage.init_from))
 
 
+def published_ancestor(stage: Stage, stages: Sequence[Stage], store: Store) -> str | None:
+    """The published weights, "weights:<name>", that a stage's weights go back to through all its parents; None: none.
+
+    Raises StoreError for a parent of the store whose record cannot be read.
+    """
+    by_name = {other.name: other.init_from for other in stages}
+    source = stage.init_from
+    while source is not None and weights_name(source) is None:
+        key = stored_key(source)
+        source = by_name[source] if key is None else stage_record(stage, store, key)["stage"]["init_from"]
+        if key is not None and source is not None and weights_name(source) is None:
+            parent = stage_record(stage, store, key)["parent"]      # a name of that stage's own recipe
+            source = f"stage:{parent['key']}"
+    return source
+
+
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a safetensors file, by its header. Raises StoreError where it cannot be read."""
     try:

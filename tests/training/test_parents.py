@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.colour import Colour
-from training.parents import check_parents, parent_of, recorded_colour, settle, stage_colour
+from training.parents import check_parents, parent_of, published_ancestor, recorded_colour, settle, stage_colour
 from training.store import Store
 from vggcore.errors import RecipeError, StoreError
 from vggcore.nets import build_net
@@ -215,3 +215,22 @@ def test_a_stage_that_takes_its_parents_mean_must_be_standardised_as_it_was(stor
 
     with pytest.raises(RecipeError, match=r"stage 'D-36': standardise is true, but not for 'stage:0123"):
         settle(stages_of(text), store, HERE)
+
+
+def test_a_stage_is_traced_to_the_published_weights_that_it_goes_back_to(store):
+    publish(store)
+    named = {stage.name: stage for stage in stages_of(RECIPE + PUBLISHED)}
+
+    def ancestor(name):
+        return published_ancestor(named[name], tuple(named.values()), store)
+
+    assert ancestor("fine") == ancestor("published") == "weights:somewhere/vgg11"
+    assert ancestor("D-36") is ancestor("D-48") is None
+    grandparent = "f" * 16
+    (store.stage(grandparent)).mkdir(parents=True)
+    record = json.loads((store.stage(KEY) / "stage.json").read_text())
+    other = record | {"stage": record["stage"] | {"init_from": "weights:somewhere/vgg11"}}
+    (store.stage(grandparent) / "stage.json").write_text(json.dumps(other))
+    (store.stage(grandparent) / "result.json").write_text("{}")
+    change(store, stage=record["stage"] | {"init_from": "first"}, parent={"key": grandparent, "name": "'first'"})
+    assert ancestor("D-48") == "weights:somewhere/vgg11"
