@@ -59,8 +59,8 @@ def bench_train(
 
     \b
     Examples:
-        vggrow bench train training/recipes/elpv.toml --stage A-72
-        vggrow bench train training/recipes/elpv.toml --settings
+        vggrow bench train training/recipes/elpv-staged.toml --stage A-72
+        vggrow bench train training/recipes/elpv-staged.toml --settings
         vggrow bench train paper.toml --stage D-256 --batch 4 --layers
     """
     from vggcore.errors import RecipeError
@@ -111,7 +111,7 @@ def bench_recovery(recipe: Path, name: str | None, workers: int, turns: int, as_
 
     \b
     Example:
-        vggrow bench recovery training/recipes/elpv.toml --stage A-72
+        vggrow bench recovery training/recipes/elpv-staged.toml --stage A-72
     """
     from vggcore.recipe import load_recipe
 
