@@ -54,6 +54,8 @@ def download(
                 check_digest(known, url, part)
                 part.rename(path)
                 sync_folder(folder)
+            else:
+                check_digest(known, url, path)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
@@ -87,8 +89,11 @@ def fetch_once(name: str, url: str, part: Path, *, progress: Progress, timeouts:
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=timeouts) as answer:
-        if answer.status_code == 416:                      # nothing behind what is here, or another file than before
-            return whole_size(answer) in (have, None)
+        if answer.status_code == 416 and have:             # nothing behind what is here: whole, or of another file
+            if whole_size(answer) != have:
+                part.unlink()
+                return fetch_once(name, url, part, progress=progress, timeouts=timeouts)
+            return True
         if answer.status_code not in (200, 206):
             found = f"HTTP {answer.status_code} {answer.reason}"
             raise WeightsError(f"{answer.url}: cannot be downloaded ({found}); {by_hand(name, url)}")
@@ -109,13 +114,13 @@ def whole_size(answer: requests.Response) -> int | None:
     return int(length) if length.isdigit() else None
 
 
-def check_digest(known: Known, url: str, part: Path) -> None:
+def check_digest(known: Known, url: str, file: Path) -> None:
     """Removes a file that is not the publisher's, and raises WeightsError."""
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.new(known.algorithm, usedforsecurity=False)).hexdigest()
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, lambda: hashlib.new(known.algorithm, usedforsecurity=False)).hexdigest()
     if not found.startswith(known.digest):
-        size = part.stat().st_size
-        part.unlink()
+        size = file.stat().st_size
+        file.unlink()
         raise WeightsError(
             f"{url}: its {known.algorithm} is {found[: len(known.digest)]}, expected {known.digest} ({size:,} bytes, removed);"
             " run the same command again, and if that is no help, ask who runs that server"
@@ -136,6 +141,10 @@ def short(error: BaseException) -> str:
         return "no byte for a while"
     if isinstance(error, requests.ConnectTimeout):
         return "no connection in time"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "the server's certificate is not trusted"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy does not answer"
     words = str(error)
     for known in UNREACHABLE:
         if known in words:

@@ -81,21 +81,21 @@ def conv_stack(chain: Chain, nodes: list[Any], file: Path) -> tuple[list[list[tu
     """The five groups of convs with the side of each kernel, and how many nodes they and what stands between take."""
     groups: list[list[tuple[Any, int]]] = [[]]
     used = 0
+    kinds = [node.op_type for node in nodes] + ["the end of the graph or a fork"] * 2
     while len(groups) < 6:
-        node = nodes[used] if used < len(nodes) else None
-        kind = node.op_type if node is not None else "the end of the graph, or a fork"
-        if node is not None and kind == "Conv" and used + 1 < len(nodes) and nodes[used + 1].op_type == "Relu":
-            groups[-1].append((node, conv_kernel(chain, node, file)))
+        if kinds[used : used + 2] == ["Conv", "Relu"]:
+            groups[-1].append((nodes[used], conv_kernel(chain, nodes[used], file)))
             used += 2
-        elif node is not None and kind == "MaxPool" and groups[-1]:
-            check_pool(node, file)
+        elif kinds[used] == "MaxPool" and groups[-1]:
+            check_pool(nodes[used], file)
             groups.append([])
             used += 1
         else:
-            wanted = "a Conv followed by a Relu" + (", or a MaxPool" if groups[-1] else "")
+            found = f"a Conv, then {kinds[used + 1]}" if kinds[used] == "Conv" else kinds[used]
+            expected = "a Conv, then a Relu" + (", or a MaxPool" if groups[-1] else "")
             raise WeightsError(
-                f"{file}: group {len(groups)}, after {len(groups[-1])} convs: found {kind}, expected {wanted}; the graph must"
-                " begin with the conv stack of a VGG net"
+                f"{file}: group {len(groups)}, after {len(groups[-1])} convs: found {found}, expected {expected}; the graph"
+                " must begin with the conv stack of a VGG net"
             )
     return groups[:5], used
 
@@ -207,10 +207,10 @@ def linear_layer(chain: Chain, nodes: list[Any], place: int) -> tuple[tuple[np.n
         plain = about.get("alpha", 1.0) == 1.0 and about.get("beta", 1.0) == 1.0 and not about.get("transA", 0)
         if weight is not None and bias is not None and bias.ndim == 1 and plain:
             weight = weight if about.get("transB", 0) else weight.T
-            return (np.ascontiguousarray(weight), bias.copy()), place + 1
+            return (np.array(weight, order="C"), bias.copy()), place + 1
     if node is not None and node.op_type == "MatMul" and place + 1 < len(nodes) and nodes[place + 1].op_type == "Add":
         weight = chain.array(node.input[1])
         bias = next((array for name in nodes[place + 1].input if (array := chain.array(name)) is not None), None)
         if weight is not None and bias is not None and weight.ndim == 2 and bias.ndim == 1:
-            return (np.ascontiguousarray(weight.T), bias.copy()), place + 2
+            return (np.array(weight.T, order="C"), bias.copy()), place + 2
     return None, place

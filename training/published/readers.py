@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import os
+import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from vggcore.recipe import NetName
 OWN_KEY = "vggrow"       # in a file of `weights export`: what a PublishedWeights says, as JSON
 WEIGHTS_FILE, RECORD_FILE, PACKAGE_FILE, CHECKPOINT_FILE = "model.safetensors", "weights.json", "model.json", "progress.json"
 NESTED = ("state_dict", "model_state_dict", "model")     # where training scripts put a net's weights
+LARGEST = 8 * 10**9      # bytes; E with its optimizer's state in float64 has 3.4e9. Others would fill the memory first
+KERAS_ADVICE = "save the net by model.save('vgg.h5') and import that file"
 ADVICE = "give a file of VGG weights: PyTorch's .pth, .safetensors, Keras' .h5 or .onnx"
 
 
@@ -56,16 +60,21 @@ def file_to_read(path: Path) -> Path:
 
     Raises WeightsError for what is absent, another folder, or a special file.
     """
-    if path.is_dir():
+    try:
+        about = path.stat()
+    except (OSError, ValueError) as error:      # ValueError: a NUL in the name
+        what = getattr(error, "strerror", None) or error
+        if os.path.islink(path):  # noqa: PTH114 (also where its folder may not be read)
+            what = f"a link that leads to no file ({what})"
+        raise WeightsError(f"{str(path)!r}: cannot be read: {what}; {ADVICE}") from error
+    if stat.S_ISDIR(about.st_mode):
         if not (path / WEIGHTS_FILE).is_file() or not ((path / RECORD_FILE).exists() or (path / PACKAGE_FILE).exists()):
             raise WeightsError(f"{path}: a folder without {WEIGHTS_FILE} and {PACKAGE_FILE} or {RECORD_FILE}; {ADVICE}")
         return path / WEIGHTS_FILE
-    if path.is_symlink() and not path.exists():
-        raise WeightsError(f"{path}: a link to {path.readlink()}, which does not exist; {ADVICE}")
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file; {ADVICE}")
-    if not path.is_file():
+    if not stat.S_ISREG(about.st_mode):
         raise WeightsError(f"{path}: not a regular file; {ADVICE}")
+    if about.st_size > LARGEST:
+        raise WeightsError(f"{path}: {about.st_size / 1e9:,.0f} GB, more than any checkpoint of a VGG net; {ADVICE}")
     return path
 
 
@@ -98,22 +107,29 @@ def needs(library: str, file: Path) -> None:
 
 def read_pytorch(file: Path) -> Found:
     """A state dict saved by torch.save; read with weights_only, so that no code in it runs."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if "model.weights.h5" in archive.namelist():
-                raise WeightsError(f"{file}: Keras' .keras format; save it as .h5: model.save_weights('vgg.h5') in Keras 2")
+    if is_keras_archive(file):
+        raise WeightsError(f"{file}: Keras' .keras format; {KERAS_ADVICE}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:   # torch raises what its reader happens to meet in a file of others: a dozen kinds
         said = str(error)
-        if "weights_only" in said or "Unsupported" in said:
+        if "GLOBAL" in said:                # "Unsupported global: GLOBAL ...": a class or a function
             why = "a pickle that holds more than tensors, which could run code; save its state_dict() with torch.save"
         else:
             why = f"not a whole PyTorch file ({first_line(said) or type(error).__name__}); download or save it again"
         raise WeightsError(f"{file}: {why}") from error
     return Found(tensors_of(held, file))
+
+
+def is_keras_archive(file: Path) -> bool:
+    """Whether this is the zip of Keras 3."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return "model.weights.h5" in archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def first_line(text: str) -> str:
@@ -202,6 +218,8 @@ def read_keras(file: Path) -> Found:
             opened.get("model_weights", opened).visititems(take)
     except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(f"{file}: not a whole HDF5 file ({first_line(str(error))}); download or save it again") from error
+    if any(name.startswith("layers/") for name in tensors):
+        raise WeightsError(f"{file}: Keras 3's .weights.h5, which does not name its layers; {KERAS_ADVICE}")
     return own_found(tensors, about, file)
 
 
