@@ -13,7 +13,7 @@ from vggcore.whole_file import REFUSED, refusal, sync_folder
 
 CONNECT_S, READ_S = 10.0, 30.0      # for a connection, and without a byte
 ATTEMPTS = 3                        # without a single new byte
-CHUNK = 1 << 18
+CHUNK = 1 << 14          # bytes; what came after the last whole one is lost with a connection
 UNREACHABLE = (
     "Connection refused",
     "Name or service not known",
