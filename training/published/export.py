@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +29,8 @@ def check_export(record: PublishedWeights, file: Path, format: Format) -> None:
     """Raises WeightsError where the weights cannot be said in this format, StoreError where the file is there already."""
     if file.suffix not in ENDINGS[format]:
         raise WeightsError(f"{file}: expected a name that ends in {' or '.join(ENDINGS[format])} for --format {format}")
+    if not file.absolute().parent.is_dir():
+        raise StoreError(f"{file}: its folder does not exist; make it, or name another")
     if file.exists() or file.is_symlink():
         raise StoreError(f"{file}: exists already; name another file, or remove it first")
     if record.net == "A-LRN" and format != "vggrow":
@@ -106,12 +109,12 @@ def write_keras(tensors: dict[str, Tensor], about: str, path: Path) -> None:
 
     layers = list(dict.fromkeys(name.partition("/")[0] for name in tensors))
     with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        file.attrs["layer_names"] = np.array(layers, "S")
         file.attrs["backend"] = b"tensorflow"
         file.create_dataset(OWN_KEY, data=about)      # an attribute holds at most 64 KB
         for layer in layers:
             group = file.create_group(layer)
             names = [f"{layer}_W_1:0", f"{layer}_b_1:0"]
-            group.attrs["weight_names"] = [name.encode() for name in names]
+            group.attrs["weight_names"] = np.array(names, "S")
             for name, part in zip(names, ("kernel", "bias"), strict=True):
                 group.create_dataset(name, data=tensors[f"{layer}/{part}"].numpy())
