@@ -23,6 +23,7 @@ from pipelines.manifest import Manifest, manifest_json
 from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
 from training.listener import Listener
+from training.losses import check_class_weights
 from training.parents import check_parents, is_done, recorded_colour, result_weights, settle
 from training.ray_address import check_address
 from training.run import train_schedule
@@ -89,6 +90,7 @@ def run_line(
     manifest = scan_data(recipe.data, store, threads=cores())
     stages = settle(resolve_stages(recipe), store, manifest.fingerprint)
     check_parents(stages, store, manifest.classes)
+    check_class_weights(stages, manifest.classes, manifest.split("train").labels)
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     key = schedule_key(recipe.name, keys)
     with hold(store, f"schedule-{key}", what=f"the schedule of recipe {recipe.name!r} ({key})"):

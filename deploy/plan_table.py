@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
 from training.freezing import frozen_layers, usual_macs
+from training.losses import check_class_weights
 from training.optimise import moments
 from training.parents import check_parents, settle
 from training.store import Store
@@ -119,6 +120,8 @@ def with_origins(
     if manifest is None and any(stored_key(stage.init_from) for stage in stages):
         return stages, {}
     settled = settle(stages, store, manifest.fingerprint if manifest else "")
+    if manifest is not None:
+        check_class_weights(settled, manifest.classes, manifest.split("train").labels)
     names = manifest.classes if manifest else tuple(f"class {number}" for number in range(classes))
     return settled, check_parents(settled, store, names)
 

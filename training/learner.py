@@ -1,17 +1,19 @@
 """A stage's net and optimiser in one worker, and the gradient of an iteration: the same whatever the number of workers."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.loader import Batch
 from training.checkpoint import Checkpoint
 from training.freezing import freeze, frozen_parameters
+from training.losses import loss_sum, picture_losses
 from training.memory import keep_memory
 from training.optimise import check_layouts, load_moments, make_optimizer, set_learning_rate
 from training.stage_job import StageJob
@@ -37,8 +39,13 @@ def set_up_torch(job: StageJob) -> None:
 class Learner:
     """The net, the same net as it is called in training (`model`: compiled, averaged over workers), and its optimiser."""
 
-    def __init__(self, job: StageJob, classes: int, team: Team, checkpoint: Checkpoint | None) -> None:
-        """Builds both and gives them the checkpoint's state, or the stage's first weights."""
+    def __init__(
+        self, job: StageJob, classes: int, team: Team, checkpoint: Checkpoint | None, class_factors: Tensor | None = None
+    ) -> None:
+        """Builds both and gives them the checkpoint's state, or the stage's first weights.
+
+        class_factors: of the losses, see losses.factors_by_class.
+        """
         self.stage, self.team = job.stage, team
         stage = job.stage
         self.net = build_net(stage.net, classes=classes, **stage.net_settings)
@@ -52,6 +59,7 @@ class Learner:
         self.optimizer = make_optimizer(self.net.named_parameters(), stage)
         if checkpoint is not None:
             load_moments(self.optimizer, checkpoint.optimizer_state())
+        self.class_factors = class_factors.to(team.device) if class_factors is not None else None
         self.checked = False       # the layouts of what the optimiser walks over, at the first update
         self.model = self.parallel_model()
 
@@ -100,15 +108,15 @@ class Learner:
         if batch is None or len(batch.labels) == 0:
             images = torch.zeros(1, 3, self.stage.crop, self.stage.crop, device=device)
             zero = torch.zeros(1, dtype=torch.int64, device=device)
-            torch.autograd.backward(self.losses(images, zero, zero, iteration) * 0.0)
+            blank = Batch(images, zero, zero, np.zeros(1, np.int64), size=1, index=0)
+            torch.autograd.backward(self.losses(blank, iteration) * 0.0)
             return torch.zeros((), dtype=torch.float64, device=device)
         micro = self.stage.micro_batch or len(batch.labels)
         starts = range(0, len(batch.labels), micro)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for start in starts:
-            part = slice(start, start + micro)
             with self.exchange(start == starts[-1]):
-                loss = self.losses(batch.images[part], batch.labels[part], batch.rows[part], iteration)
+                loss = self.losses(some_of(batch, slice(start, start + micro)), iteration)
                 torch.autograd.backward(loss * (self.team.world_size / batch.size))
             total += loss.detach().double()
         return total
@@ -119,12 +127,12 @@ class Learner:
             return nullcontext()
         return self.model.no_sync()
 
-    def losses(self, images: Tensor, labels: Tensor, rows: Tensor, iteration: int) -> Tensor:
-        """The sum of the pictures' cross-entropy losses, a float32 scalar."""
-        self.net.set_draws(self.stage.seed, iteration, rows)
+    def losses(self, batch: Batch, iteration: int) -> Tensor:
+        """The sum of the pictures' losses, a float32 scalar."""
+        self.net.set_draws(self.stage.seed, iteration, batch.rows)
         with self.autocast():
-            logits = self.model(self.laid_out(images))
-        return cross_entropy(logits.float(), labels, reduction="sum")
+            logits = self.model(self.laid_out(batch.images))
+        return loss_sum(logits.float(), batch, self.stage, self.class_factors)
 
     @torch.inference_mode()
     def each_loss(self, batch: Batch, iteration: int) -> Tensor:
@@ -132,7 +140,7 @@ class Learner:
         self.net.set_draws(self.stage.seed, iteration, batch.rows)
         with self.autocast():
             logits = self.net(self.laid_out(batch.images))
-        return cross_entropy(logits.float(), batch.labels, reduction="none")
+        return picture_losses(logits.float(), batch, self.stage, self.class_factors)
 
     def update(self, learning_rate: float) -> None:
         """One step of the optimiser at the classifier's rate, by the gradient that has come together."""
@@ -142,6 +150,12 @@ class Learner:
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def some_of(batch: Batch, part: slice) -> Batch:
+    """Some of a batch's pictures."""
+    columns = {name: getattr(batch, name) for name in ("images", "labels", "rows", "mix", "partner_labels")}
+    return replace(batch, **{name: column[part] for name, column in columns.items() if column is not None})
 
 
 def first_weights(net: Vgg, job: StageJob) -> None:

@@ -26,6 +26,7 @@ from training.checkpoint import Checkpoint, CheckpointWriter, Progress, newest_c
 from training.history import HistoryWriter, cut_history
 from training.learner import Learner, set_up_torch
 from training.learning_rate import learning_rate, steers
+from training.losses import factors_by_class
 from training.optimise import Plateau, ended_by
 from training.orders import LAST_CHECKPOINTS_S, Orders
 from training.picture_log import PictureLog
@@ -114,7 +115,8 @@ class StageTraining:
         self.passed_over: list[str] = []           # broken checkpoints that rank 0 found newer than the one it starts from
         self.problem: VggrowError | None = None    # what keeps this stage from going on, the same in every worker
         checkpoint = self.agreed_checkpoint()
-        self.learner = Learner(job, len(manifest.classes), team, checkpoint)
+        factors = factors_by_class(stage, manifest.classes, self.train.labels)
+        self.learner = Learner(job, len(manifest.classes), team, checkpoint, factors)
         if checkpoint is None:
             self.progress = Progress.start(Plateau.start(stage), world_size=team.world_size, threads=job.threads)
         else:

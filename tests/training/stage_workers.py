@@ -6,11 +6,14 @@
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed
 
+from training.checkpoint import iterations_on_disk
 from training.stage_job import StageJob
+from training.store import Store
 from training.worker import train_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +33,17 @@ def run_workers(job: StageJob, count: int, folder: Path) -> None:
     """Trains the job to its end with `count` workers."""
     workers = start_workers(job, count, folder)
     assert [worker.wait(timeout=300) for worker in workers] == [0] * count
+
+
+def kill_at(job: StageJob, iteration: int, workers: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL for all workers once the job has a checkpoint of at least so many iterations."""
+    folder, deadline = Store(job.store).stage(job.key), time.monotonic() + 600
+    try:
+        while max(iterations_on_disk(folder), default=0) < iteration:
+            assert time.monotonic() < deadline and not any(worker.poll() for worker in workers)
+            time.sleep(0.01)
+    finally:
+        kill_workers(workers)
 
 
 def kill_workers(workers: list[subprocess.Popen[bytes]]) -> None:

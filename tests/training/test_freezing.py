@@ -1,13 +1,14 @@
 """Frozen conv groups: their weights keep every bit, and nothing is computed or kept for them."""
 
 import dataclasses
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tests.training.stage_workers import kill_workers, run_workers, start_workers
+from pipelines.loader import Batch
+from tests.training.stage_workers import kill_at, run_workers, start_workers
 from tests.training.test_worker import job_of, world  # noqa: F401 (a fixture)
 from training.checkpoint import iterations_on_disk, read_checkpoint
 from training.freezing import frozen_layers, frozen_parameters, training_macs
@@ -83,7 +84,7 @@ def test_frozen_groups_keep_every_bit_and_have_no_momentum(child, changes):
 
 
 def test_nothing_is_kept_for_a_backward_pass_below_the_first_group_that_is_trained(child):
-    images = torch.rand(5, 3, 32, 32)
+    batch = Batch(torch.rand(5, 3, 32, 32), torch.zeros(5).long(), torch.arange(5), np.arange(5), size=5, index=0)
 
     def kept(freeze: int) -> int:
         learner = Learner(child(f"store-{freeze}", freeze=freeze), 3, Team(torch.device("cpu")), None)
@@ -97,7 +98,7 @@ def test_nothing_is_kept_for_a_backward_pass_below_the_first_group_that_is_train
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = learner.losses(images, torch.zeros(5, dtype=torch.int64), torch.arange(5), 0)
+            loss = learner.losses(batch, 0)
         loss.backward()
         frozen = frozen_parameters(learner.stage)
         assert [name for name, one in learner.net.named_parameters() if one.grad is None] == list(frozen)
@@ -111,13 +112,7 @@ def test_three_workers_leave_frozen_bits_alone_also_when_killed_and_started_agai
     whole, killed = child("whole"), child("killed", checkpoint_every=CheckpointEvery(iterations=1))
 
     run_workers(whole, 3, tmp_path / "run-whole")
-    workers = start_workers(killed, 3, tmp_path / "run-1")
-    try:
-        deadline = time.monotonic() + 120
-        while max(iterations_on_disk(folder_of(killed)), default=0) < 6 and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        kill_workers(workers)
+    kill_at(killed, 6, start_workers(killed, 3, tmp_path / "run-1"))
     reached = iterations_on_disk(folder_of(killed))[-1]
     run_workers(killed, 3, tmp_path / "run-2")
 

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import time
 
 import pytest
 import torch
 
 from pipelines.manifest import read_manifest
-from tests.training.stage_workers import kill_workers, run_workers, start_workers
+from tests.training.stage_workers import kill_at, run_workers, start_workers
 from tests.training.test_freezing import child, folder_of, last  # noqa: F401 (a fixture)
 from tests.training.test_worker import world  # noqa: F401 (a fixture)
 from training.checkpoint import iterations_on_disk
@@ -85,13 +84,7 @@ def test_a_stage_whose_process_was_killed_ends_with_the_same_bits(child, name, t
     whole, killed = child("whole", **settings), child("killed", **settings)
     assert train_stage({"job": whole}) is None
 
-    workers = start_workers(killed, 1, tmp_path / "run")
-    try:
-        deadline = time.monotonic() + 120
-        while max(iterations_on_disk(folder_of(killed)), default=0) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        kill_workers(workers)
+    kill_at(killed, 5, start_workers(killed, 1, tmp_path / "run"))
     assert iterations_on_disk(folder_of(killed))[-1] >= 5
     (folder_of(killed) / "result.json").unlink(missing_ok=True)      # where the kill came too late
     assert train_stage({"job": killed}) is None

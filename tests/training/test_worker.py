@@ -130,7 +130,7 @@ def test_the_last_short_batch_is_a_mean_over_its_own_pictures(world):
     loss_sum = part.learner.add_gradient(last, 0)
     scaled = gradients(part)
     part.learner.optimizer.zero_grad()
-    logits_loss = part.learner.losses(last.images, last.labels, last.rows, 0)
+    logits_loss = part.learner.losses(last, 0)
     (logits_loss / 3).backward()
 
     assert loss_sum == pytest.approx(float(logits_loss.detach()), rel=1e-6)
