@@ -168,19 +168,28 @@ def cpu_quota(cpu_max: str) -> float | None:
 
 def memory() -> Finding:
     """The memory that is free for new processes now, within the container's limit if it has one."""
+    known = memory_bytes()
+    if known is None:
+        return Finding("note", "memory", "unknown: /proc/meminfo cannot be read")
+    free, total = known
+    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+    if free < 3.5 * GIB:   # a local run of 2 Ray workers: 3.3 GB before the net
+        return Finding("note", "memory", found, "little for several Ray workers (about 0.9 GB each); train with --workers 1")
+    return Finding("ok", "memory", found)
+
+
+def memory_bytes() -> tuple[int, int] | None:
+    """(free, in all) bytes of memory, within a container's limit; None where /proc/meminfo cannot be read."""
     lines = dict(line.split(":", 1) for line in read_or_empty(Path("/proc/meminfo")).splitlines() if ":" in line)
     if "MemAvailable" not in lines:
-        return Finding("note", "memory", "unknown: /proc/meminfo cannot be read")
+        return None
     total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     limit = read_or_empty(Path("/sys/fs/cgroup/memory.max")).strip()
     if limit.isdigit() and int(limit) < total:
         total = int(limit)
         used = read_or_empty(Path("/sys/fs/cgroup/memory.current")).strip()
         free = min(free, total - int(used)) if used.isdigit() else free
-    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
-    if free < 3.5 * GIB:   # a local run of 2 Ray workers: 3.3 GB before the net
-        return Finding("note", "memory", found, "little for several Ray workers (about 0.9 GB each); train with --workers 1")
-    return Finding("ok", "memory", found)
+    return free, total
 
 
 def disk(store: Path) -> Finding:

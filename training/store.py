@@ -97,6 +97,15 @@ def store_to_read(path: Path | str) -> Store:
     return Store(root)
 
 
+def store_around(path: Path) -> Path | None:
+    """The store that an absolute path is, or is inside of; None where it is in none."""
+    parts = ("data", "stages", "schedules", "weights")
+    for folder in (path, *path.parents):
+        if (folder / "locks").is_dir() and any((folder / part).is_dir() for part in parts):
+            return folder
+    return None
+
+
 def read_json(path: Path) -> Any:
     """The JSON in `path`, or None when there is no such file. Raises StoreError when it is not JSON."""
     try:
