@@ -76,7 +76,7 @@ def from_scratch(facts: Facts) -> list[Table]:
         Table("[augment]", augment_settings(facts)),
         Table("[train]", train_settings(facts)),
         *(Table("[[stage]]", scratch_stage(facts, names, place)) for place in range(len(names))),
-        Table("[evaluate]", (*stages_evaluated(names), TEST_VIEWS)),
+        *([Table("[evaluate]", stages_evaluated(names))] if len(names) > 1 else []),
         register_table(facts, names),
     ]
 
@@ -99,7 +99,7 @@ def from_weights(facts: Facts, weights: PublishedWeights) -> list[Table]:
         beside = (*linear_head()[1:], *small_net(facts), HE_STANDARDISE, Setting("augment", views, reason))
         first = own[0]._replace(reason="a small net from scratch, to compare with")
         tables.append(Table("[[stage]]", (first, *own[1:], *beside)))
-        tables.append(Table("[evaluate]", (*stages_evaluated(names), TEST_VIEWS)))
+        tables.append(Table("[evaluate]", stages_evaluated(names)))
     return [*tables, register_table(facts, names)]
 
 
@@ -159,7 +159,6 @@ FLIP = Setting("flip", True, "mirror images; set false where left and right diff
 UPSIDE_DOWN = Setting(
     "flip_vertical", False, "photographs have an up; set true where there is none (tiles, cells, views from above)"
 )
-TEST_VIEWS = Setting("views", "flips", 'posteriors are averaged over mirror images too; "none" where flip = false')
 
 
 def data_table(facts: Facts, standardise: Setting | None) -> Table:
