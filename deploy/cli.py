@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deploy import cli_init, cli_jobs, cli_machine, cli_models, cli_retrain, cli_weights
+from deploy import cli_features, cli_init, cli_jobs, cli_machine, cli_models, cli_retrain, cli_weights
 from deploy.options import (
     WorkerRange,
     json_option,
@@ -476,6 +476,7 @@ def report(what: str | None, out: Path | None, store: str) -> None:
     click.echo(str(write_report(Path(store).absolute(), key, out)))
 
 
+cli_features.register(vggrow)
 cli_init.register(vggrow)
 cli_jobs.register(vggrow)
 cli_machine.register(vggrow)

@@ -1,4 +1,4 @@
-"""The three DALI graphs, read from path to tensor: a training view, a centre crop, a whole picture.
+"""The DALI graphs, read from path to tensor: a training view, a centre crop, a whole picture, the same at several scales.
 
 Each is a pure function of the rows that its source hands it (see plan.py); none draws a random number. The GPU side is
 written as DALI documents it and has not been tried on a GPU yet.
@@ -161,13 +161,49 @@ def whole_graph(source: Source, device: Device, mean: Sequence[float], deviation
         paths, pictures, size = columns(source, WHOLE_COLUMNS)
         encoded = fn.io.file.read(paths, dont_use_mmap=True)
         sizes = upright_sizes(encoded)
-        if device == "gpu":
-            pixels = fn.decoders.image(encoded, device="mixed")
-        else:  # the same as decoders.image, after `sizes`
-            pixels = fn.decoders.image_slice(encoded, start=sizes * 0, end=sizes, axis_names="HW")
+        pixels = whole_pixels(device, encoded, sizes)
     rescaled = in_colour(fn.resize(pixels, size=size, antialias=True, subpixel_scale=False), cached)
     images = fn.crop_mirror_normalize(rescaled, mean=mean, std=deviation or 1.0, dtype=types.FLOAT, output_layout="CHW")
     return images, pictures, sizes
+
+
+@dali_graph
+def scales_graph(source: Source, device: Device, scales: int, mean: Sequence[float], deviation: Deviation) -> Any:
+    """Whole pictures at several shorter sides, each file decoded once.
+
+    source: yields scales_columns(scales) a batch; all pictures of a batch have one size at each scale.
+    Returns images of the first scale, pictures and sizes as whole_graph; the files themselves, (bytes,) uint8 on the CPU;
+    then images of the other scales.
+    """
+    paths, pictures, *wanted = columns(source, scales_columns(scales))
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    sizes = upright_sizes(encoded)
+    pixels = whole_pixels(device, encoded, sizes)
+    first, *others = (
+        fn.crop_mirror_normalize(
+            fn.resize(pixels, size=size, antialias=True, subpixel_scale=False),
+            mean=mean,
+            std=deviation or 1.0,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        for size in wanted
+    )
+    return first, pictures, sizes, encoded, *others
+
+
+def scales_columns(scales: int) -> dict[str, tuple[types.DALIDataType, int]]:
+    """The columns of scales_graph: as WHOLE_COLUMNS, with a size for each scale."""
+    sizes = {f"size{number}": WHOLE_COLUMNS["size"] for number in range(scales)}
+    return {name: WHOLE_COLUMNS[name] for name in ("path", "picture")} | sizes
+
+
+def whole_pixels(device: Device, encoded: Any, sizes: Any) -> Any:
+    """The pixels of whole files, (H, W, 3) uint8 RGB, upright; sizes: of upright_sizes."""
+    if device == "gpu":
+        return fn.decoders.image(encoded, device="mixed")
+    # the same as decoders.image, after `sizes`
+    return fn.decoders.image_slice(encoded, start=sizes * 0, end=sizes, axis_names="HW")
 
 
 def build(graph: Callable[..., Any], source: Source, device: str, *, batch: int, threads: int, **settings: Any) -> Any:

@@ -47,6 +47,10 @@ class Store:
         """posteriors.parquet and evaluation.json of one protocol."""
         return self.root / "evaluations" / stage_key / key
 
+    def features(self, key: str) -> Path:
+        """features.json and parts/: pooled outputs of a net for pictures, by their content."""
+        return self.root / "features" / key
+
     @property
     def weights(self) -> Path:
         """<digest>/: model.safetensors and weights.json of published weights."""

@@ -29,6 +29,17 @@ def dense_logits(net: Vgg, images: Tensor) -> Tensor:
     return scores.view(len(images), height - side + 1, width - side + 1, -1).permute(0, 3, 1, 2)
 
 
+def dense_units(net: Vgg, images: Tensor) -> Tensor:
+    """The last hidden FC layer's units, averaged over all places of the picture (Appendix B): images as in dense_logits.
+
+    (N, 3, H, W) -> (N, units of FC-2), float32, 4,096 at the paper's width; `net` has the paper's head.
+    """
+    assert net.head == "paper" and not net.training
+    windows = functional.unfold(net.features(images), net.map_side).transpose(1, 2)     # (N, places, K*side*side)
+    units: Tensor = net.classifier[:-1](windows.flatten(0, 1))
+    return units.float().view(len(images), -1, units.shape[1]).mean(1)
+
+
 def dense_posteriors(net: Vgg, images: Tensor) -> Tensor:
     """The soft-max of the spatially averaged score map (Sec. 3.2): images as in dense_logits -> (N, classes) float32.
 

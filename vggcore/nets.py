@@ -200,7 +200,7 @@ class Vgg(nn.Module):
         for index, module in enumerate(self.features):
             values = module(values)
             if index in self.taps:
-                found.append(self.avgpool(values))
+                found.append(self.avgpool(values.float()))     # sums over many places, also where maps are bfloat16
         return torch.cat(found, 1)
 
 

@@ -1,8 +1,9 @@
 """Weights on disk: safetensors files, whole or not at all, no pickle."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,6 +39,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: not a whole safetensors file ({error}); remove it and train the stage again, or bring it anew"
         ) from error
     return state
+
+
+def load_some(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Some tensors of a safetensors file, by the names that they are to have, each with its name in the file.
+
+    Raises StoreError when the file is absent, cut short or something else, or lacks one of them.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            absent = sorted(set(names.values()) - set(file.keys()))
+            if absent:
+                raise StoreError(f"{path}: {len(absent)} weights are missing, the first is {absent[0]}")
+            return {name: file.get_tensor(source) for name, source in names.items()}
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: not a whole safetensors file ({error}); remove it, and train or import again") from error
 
 
 def load_into(net: nn.Module, path: Path) -> None:
