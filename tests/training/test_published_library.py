@@ -296,7 +296,7 @@ def test_weights_that_a_stage_started_from_are_kept_unless_forced(store, vgg11):
     record = import_weights(str(vgg11), store)
     stage = store.stage("0123456789abcdef")
     stage.mkdir(parents=True)
-    (stage / "stage.json").write_text(json.dumps({"name": "A-72", "parent": f"weights:{record.digest}"}))
+    (stage / "stage.json").write_text(json.dumps({"name": "A-72", "parent": {"key": f"weights:{record.digest}"}}))
     removal = plan_removal(store, "vgg11")
 
     with pytest.raises(StoreError, match=r"1 stages of the store started from them, A-72 \(0123456789abcdef\) first"):

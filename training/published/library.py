@@ -303,7 +303,8 @@ def not_found(store: Store, name: str, records: Sequence[PublishedWeights]) -> s
     if meant:
         advice = f"did you mean {meant[0]!r}?"
     elif name in KNOWN:
-        advice = f"run vggrow weights import {name}"
+        packed = next((f", or {source}" for source, packed in PACKAGES.items() if packed.name == name), "")
+        advice = f"run vggrow weights import {name}{packed}"
     else:
         advice = f"the store has {', '.join(there)}" if there else "it has none: run vggrow weights import"
     return f"weights {name!r}: not in store {store.root}; {advice}"
@@ -361,7 +362,8 @@ def stages_from(store: Store, digest: str) -> list[str]:
     found = []
     for path in sorted(store.root.glob("stages/*/stage.json")):
         about = read_json(path) or {}
-        if about.get("parent") == f"weights:{digest}":
+        parent = about.get("parent")
+        if isinstance(parent, dict) and parent.get("key") == f"weights:{digest}":
             found.append(f"{about.get('name')} ({path.parent.name})")
     return found
 
