@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
+from training.checkpoint import room_for_checkpoints
 from training.freezing import frozen_layers, usual_macs
 from training.losses import check_class_weights
 from training.optimise import moments
@@ -44,6 +45,7 @@ class StagePlan:
     parameters: int
     weights_mb: float                    # 1e6 bytes
     memory_per_worker_gib: float         # weights, gradients, momentum, activations: an estimate
+    checkpoints_gib: float               # of disk, at most
     gflop_per_picture: float             # forward and backward of one training view, a multiply-add counting two
     max_pflop: float | None              # over all epochs at most, for the whole stage
     traffic_per_iteration_mb: float      # what each worker sends in one all-reduce of the gradients, 1e6 bytes
@@ -106,7 +108,7 @@ def plan(
         fingerprint=manifest.fingerprint if manifest else None,
         global_batch=recipe.train.global_batch,
         stages=tuple(rows),
-        notes=tuple(notes + standing_notes(recipe, workers)),
+        notes=tuple(notes + standing_notes(recipe, workers) + [disk_note(rows)]),
     )
 
 
@@ -152,6 +154,12 @@ def standing_notes(recipe: Recipe, workers: int) -> list[str]:
     ]
 
 
+def disk_note(rows: Sequence[StagePlan]) -> str:
+    """What the stage with the largest checkpoints takes of the disk."""
+    largest = max(rows, key=lambda row: row.checkpoints_gib)
+    return f"checkpoints take at most {number(largest.checkpoints_gib)} GiB of disk a stage ({largest.name})"
+
+
 def stage_plan(
     stage: Stage,
     table: Sequence[LayerRow],
@@ -180,6 +188,7 @@ def stage_plan(
         parameters=parameters,
         weights_mb=weights / 1e6,
         memory_per_worker_gib=memory_per_worker(stage, table, weights, trained, workers) / 2**30,
+        checkpoints_gib=room_for_checkpoints(stage, parameters, trained // FLOAT_BYTES) / 2**30,
         gflop_per_picture=flop / 1e9,
         max_pflop=flop * pictures * stage.max_epochs / 1e15 if pictures else None,
         traffic_per_iteration_mb=2 * (workers - 1) / workers * trained / 1e6,   # ring all-reduce

@@ -1,8 +1,10 @@
 """Checkpoints of a stage: everything needed to go on, in a folder that appears whole or not at all.
 
     checkpoints/iteration-<n>/model.safetensors   weights
-    checkpoints/iteration-<n>/optimizer.pt        the optimiser's state (momentum), tensors only
-    checkpoints/iteration-<n>/progress.json       where the stage stands (see Progress), and the digests of the two files
+    checkpoints/iteration-<n>/optimizer.pt        the optimiser's state (its moments), tensors only
+    checkpoints/iteration-<n>/sums.safetensors    with [train] average: sums of weights (see averaging), where there are any
+    checkpoints/iteration-<n>/average.safetensors the mean of the last epochs' weights, once the stage has ended
+    checkpoints/iteration-<n>/progress.json       where the stage stands (see Progress), and the digests of the others
 
 The newest two stay, and that of the epoch with the best val top-1. A checkpoint whose files are not what was written is
 set aside as checkpoints/broken-iteration-<n>, and the one before is used.
@@ -15,23 +17,27 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.optimise import Plateau
+from training.averaging import SUM_BYTES, WeightAverage, most_sums
+from training.optimise import Plateau, moments
 from training.store import read_json
 from vggcore.errors import StoreError
+from vggcore.schedule import Stage
 from vggcore.weights import load_weights, save_weights
 from vggcore.whole_file import refusal, sync_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2   # the newest checkpoints that stay
+FLOAT_BYTES = 4
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
+SUMS, AVERAGE = "sums.safetensors", "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Progress:
     threads: int
     val_top1: float = -1.0     # of the last whole epoch; -1 before the first
     best_iteration: int = -1   # where the epoch with the best val top-1 so far ended; -1 before the first
+    val_loss: float = -1.0     # of the last whole epoch; -1 before the first, or not recorded
+    best_val_loss: float = -1.0  # of the epoch with the best val top-1
 
     @classmethod
     def start(cls, plateau: Plateau, *, world_size: int, threads: int) -> "Progress":
@@ -59,7 +67,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk; files: the digests of its two files as they were written."""
+    """A whole checkpoint on disk; files: the digests of its files as they were written."""
 
     folder: Path
     progress: Progress
@@ -78,6 +86,11 @@ class Checkpoint:
             raise StoreError(f"{path}: cannot be read ({error}); remove its folder, the checkpoint before is used") from error
         return state
 
+    def average(self) -> WeightAverage:
+        """The sums of weights under way, or their mean; nothing where there are none."""
+        sums, mean = (load_weights(self.folder / name) if name in self.files else None for name in (SUMS, AVERAGE))
+        return WeightAverage.read(sums, mean)
+
     def problem(self) -> str | None:
         """What of it is not as it was written, in words; None: it is whole."""
         for name, wanted in self.files.items():
@@ -89,6 +102,15 @@ class Checkpoint:
             if found != wanted:
                 return f"{path}: is not what was written (digest {found}, written {wanted})"
         return None
+
+
+def room_for_checkpoints(stage: Stage, parameters: int, trained: int) -> int:
+    """Bytes of disk that a stage's checkpoints take at most: the newest, the best, and one that is being written.
+
+    parameters: of the net; trained: those that are not frozen.
+    """
+    one = FLOAT_BYTES * (parameters + moments(stage) * trained) + SUM_BYTES * most_sums(stage) * parameters
+    return (KEPT + 2) * one
 
 
 def file_digest(path: Path) -> str:
@@ -173,9 +195,10 @@ def write_checkpoint(
     *,
     weights: dict[str, torch.Tensor],
     optimizer_state: dict[str, Any],
+    more: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     may_write: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes a checkpoint whole and drops what need not stay; returns its folder.
+    """Writes a checkpoint whole and drops what need not stay; returns its folder. more: further tensors, by file name.
 
     Files go to a temporary folder, are made durable, and the folder is renamed: a crash at any line leaves the
     checkpoints that were there. One of the same iteration (stopped between an epoch's last update and its validation)
@@ -191,7 +214,9 @@ def write_checkpoint(
         torch.save(optimizer_state, part / OPTIMIZER)
         with (part / OPTIMIZER).open("rb") as written:
             os.fsync(written.fileno())
-        files = {name: file_digest(part / name) for name in (WEIGHTS, OPTIMIZER)}
+        for name, tensors in (more or {}).items():
+            save_weights(dict(tensors), part / name)
+        files = {name: file_digest(part / name) for name in (WEIGHTS, OPTIMIZER, *(more or {}))}
         write_json(part / PROGRESS, {**asdict(progress), "files": files})
         may_write()
         if folder.exists():
@@ -244,21 +269,42 @@ class CheckpointWriter:
         self.error: BaseException | None = None
         self.waited_s = 0.0              # how long training has waited, in all
 
-    def write(self, progress: Progress, *, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
-        """Copies the tensors and begins to write; the one before is waited for. Raises what that one came to."""
+    def write(
+        self,
+        progress: Progress,
+        *,
+        weights: dict[str, torch.Tensor],
+        optimizer_state: dict[str, Any],
+        more: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Copies the tensors and begins to write; the one before is waited for. Raises what that one came to.
+
+        more: further tensors by file name, which nobody changes: they are not copied.
+        """
         began = time.monotonic()
         self.join()
-        copies = on_cpu(weights), on_cpu(optimizer_state)
+        copies = on_cpu(weights), on_cpu(optimizer_state), more
         self.thread = threading.Thread(target=self.run, args=(progress, *copies), name="checkpoint", daemon=True)
         self.thread.start()
         self.waited_s += time.monotonic() - began
 
-    def run(self, progress: Progress, weights: dict[str, torch.Tensor], optimizer_state: dict[str, Any]) -> None:
+    def run(
+        self,
+        progress: Progress,
+        weights: dict[str, torch.Tensor],
+        optimizer_state: dict[str, Any],
+        more: Mapping[str, Mapping[str, torch.Tensor]] | None,
+    ) -> None:
         """The thread's work; an error is kept for whoever asks next."""
         began = time.monotonic()
         try:
             write_checkpoint(
-                self.stage_folder, progress, weights=weights, optimizer_state=optimizer_state, may_write=self.may_write
+                self.stage_folder,
+                progress,
+                weights=weights,
+                optimizer_state=optimizer_state,
+                more=more,
+                may_write=self.may_write,
             )
             if self.on_written is not None:
                 self.on_written(progress.iteration, time.monotonic() - began)

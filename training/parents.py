@@ -10,7 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipelines.colour import Colour
+from training.checkpoint import file_digest
 from training.published.library import find_weights
+from training.result import chosen_weights
 from training.store import Store, read_json
 from vggcore.errors import RecipeError, StoreError
 from vggcore.recipe_checks import stored_key, weights_name
@@ -33,12 +35,23 @@ def is_done(store: Store, key: str) -> bool:
     return (store.stage(key) / "result.json").exists()
 
 
-def result_weights(store: Store, key: str) -> Path:
-    """The file of a finished stage's weights. Raises StoreError when the stage has not finished."""
+def result_weights(store: Store, key: str, which: str = "last") -> Path:
+    """The file of a finished stage's weights; which: as [register] weights names them. Raises StoreError."""
+    return store.stage(key) / str(result_entry(store, key, which)["file"])
+
+
+def result_entry(store: Store, key: str, which: str = "last") -> dict[str, Any]:
+    """A finished stage's weights with their digest and figures on val, see training.result. Raises StoreError."""
     result = read_json(store.stage(key) / "result.json")
     if result is None:
         raise StoreError(f"{store.stage(key)}: the stage has not finished; train it first")
-    return store.stage(key) / "checkpoints" / str(result["checkpoint"]) / "model.safetensors"
+    return chosen_weights(store.stage(key), result, which)
+
+
+def weights_digest(store: Store, key: str, which: str) -> str:
+    """The digest of a finished stage's weights, 32 hex characters. Raises StoreError."""
+    entry = result_entry(store, key, which)
+    return str(entry["digest"] or file_digest(store.stage(key) / entry["file"]))
 
 
 def settle(stages: Sequence[Stage], store: Store, fingerprint: str) -> tuple[Stage, ...]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import vggcore.errors
 from pipelines.colour import Colour
 from pipelines.manifest import Manifest
-from training.checkpoint import KEPT
+from training.checkpoint import room_for_checkpoints
 from training.fit import FitThread
+from training.freezing import frozen_layers
 from training.history_tail import HistoryTail
 from training.listener import Listener
 from training.parents import Parent, is_done
@@ -21,7 +22,7 @@ from training.system_metrics import sampling_interval_s
 from training.where import Where
 from training.worker_count import workers_text
 from vggcore.errors import StoreError, TrainingError, VggrowError
-from vggcore.nets import parameter_count
+from vggcore.nets import layer_table
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
 
@@ -205,11 +206,11 @@ def prepare(
 
 def check_space(stage: Stage, classes: int, folder: Path) -> None:
     """StoreError unless the disk holds the checkpoints that stay and the one that is being written."""
-    parameters = parameter_count(stage.net, classes=classes, **stage.net_settings)
-    checkpoint = 8 * parameters      # weights and momentum, float32
+    table = layer_table(stage.net, classes=classes, **stage.net_settings)
+    parameters, frozen = (sum(row.parameters for row in rows) for rows in (table, table[: frozen_layers(stage, table)]))
+    wanted = room_for_checkpoints(stage, parameters, parameters - frozen)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    wanted = (KEPT + 2) * checkpoint          # the newest, the best, and one that is being written
     if free < wanted:
         raise StoreError(
             f"{folder}: {free / 2**30:.1f} GiB free, but stage {stage.name!r} needs {wanted / 2**30:.1f} GiB for its"

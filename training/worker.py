@@ -8,7 +8,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,25 @@ import ray
 import ray.train.torch
 import ray.util
 import torch
+from torch import Tensor
 
 from pipelines.cache import cache_folder, open_cache
 from pipelines.loader import Batch, TrainLoader
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import batches_per_epoch
-from training.checkpoint import Checkpoint, CheckpointWriter, Progress, newest_checkpoint, read_checkpoint, set_aside
+from training.averaging import WeightAverage
+from training.checkpoint import (
+    AVERAGE,
+    SUMS,
+    Checkpoint,
+    CheckpointWriter,
+    Progress,
+    checkpoint_folder,
+    newest_checkpoint,
+    on_cpu,
+    read_checkpoint,
+    set_aside,
+)
 from training.history import HistoryWriter, cut_history
 from training.learner import Learner, set_up_torch
 from training.learning_rate import learning_rate, steers
@@ -30,6 +43,7 @@ from training.losses import factors_by_class
 from training.optimise import Plateau, ended_by
 from training.orders import LAST_CHECKPOINTS_S, Orders
 from training.picture_log import PictureLog
+from training.result import result_of
 from training.stage_job import StageJob, Superseded, prove_same_world, record_problem, view_rule
 from training.stage_log import stage_log, stage_logger, versions, worker_hears, worker_name
 from training.store import Store, fence_holds
@@ -37,6 +51,7 @@ from training.system_metrics import Sampler, machine_to_sample
 from training.team import Team
 from training.validation import Validation
 from vggcore.errors import StoreError, TrainingError, VggrowError
+from vggcore.weights import load_weights
 from vggcore.whole_file import append_text, write_json
 
 logger = logging.getLogger(__name__)
@@ -121,6 +136,9 @@ class StageTraining:
             self.progress = Progress.start(Plateau.start(stage), world_size=team.world_size, threads=job.threads)
         else:
             self.progress = replace(checkpoint.progress, world_size=team.world_size, threads=job.threads)
+        self.average = WeightAverage()             # of rank 0, which alone writes
+        if checkpoint is not None and team.rank == 0:
+            self.average = checkpoint.average()
         cache = open_cache(cache_folder(job.store, job.fingerprint)) if job.cached else None
         self.loader = TrainLoader(
             self.train,
@@ -172,7 +190,7 @@ class StageTraining:
                 if outcome == "stopped" or not self.end_epoch():
                     self.log.info("told to stop; stops at iteration %d", self.progress.iteration)
                     return self.settle()
-            return self.settle() or self.write_result()
+            return self.finish()
         finally:
             self.loader.close()
             self.validation.close()
@@ -400,8 +418,12 @@ class StageTraining:
             seconds=seconds,
             plateau=plateau,
             val_top1=val_top1,
-            best_iteration=progress.iteration if plateau.best_epoch == progress.epoch else progress.best_iteration,
+            val_loss=val_loss,
         )
+        if plateau.best_epoch == progress.epoch:
+            self.progress = replace(self.progress, best_iteration=progress.iteration, best_val_loss=val_loss)
+        if self.stage.average and self.team.rank == 0:
+            self.average.add(self.learner.net.state_dict(), self.progress.epoch, self.stage, plateau)
         if self.team.rank == 0:
             self.record(row)
             self.log.info("epoch %d of at most %d: %s", row["epoch"], self.stage.max_epochs, told(row))
@@ -426,9 +448,15 @@ class StageTraining:
                 self.progress,
                 weights=self.learner.net.state_dict(),
                 optimizer_state=self.learner.optimizer.state_dict(),
+                more=self.average_files(),
             )
         except StoreError as error:
             self.trouble = self.trouble or error
+
+    def average_files(self) -> dict[str, Mapping[str, Tensor]]:
+        """The sums of weights and their mean, as far as there are any, by the names that they have in a checkpoint."""
+        sums, mean = self.average.tensors(), self.average.mean
+        return {SUMS: sums} if sums else {AVERAGE: mean} if mean is not None else {}
 
     def writing_problem(self) -> VggrowError | None:
         """What writing history or checkpoints has come to, so far."""
@@ -448,30 +476,53 @@ class StageTraining:
             self.trouble = self.trouble or error
         return self.trouble
 
-    def write_result(self) -> VggrowError | None:
+    def finish(self) -> VggrowError | None:
+        """Leaves the last checkpoint, what the averaged weights reach on val, and result.json; or gives the problem."""
+        problem = self.settle()
+        if not self.stage.average:
+            return problem or self.write_result(None)
+        problem = self.team.any_problem(problem)
+        if problem is not None:
+            return problem
+        measured = self.measure_average()
+        if measured is None:
+            self.log.info("told to stop; stops before the averaged weights were validated")
+            return None
+        return measured if isinstance(measured, VggrowError) else self.write_result(measured)
+
+    def measure_average(self) -> tuple[float, float] | VggrowError | None:
+        """Top-1 accuracy and mean loss of the averaged weights on val, or a problem; None: told to stop."""
+        problem: VggrowError | None = None
+        average: dict[str, Tensor] = {}
+        try:
+            average = load_weights(checkpoint_folder(self.folder, self.progress.iteration) / AVERAGE)
+        except StoreError as error:
+            problem = error
+        problem = self.team.any_problem(problem)
+        if problem is not None:
+            return problem
+        net = self.learner.net
+        last = on_cpu(net.state_dict())
+        net.load_state_dict(average)
+        try:
+            return self.validation.measure(self.learner, lambda: self.team.total(*self.orders.flags())[0] > 0)
+        finally:
+            net.load_state_dict(last)
+
+    def write_result(self, average_val: tuple[float, float] | None) -> VggrowError | None:
         """Rank 0 writes result.json, last of all: from now on the stage is done. Gives the problem, if there is one."""
         if self.team.rank != 0:
             return None
         self.may_write()
-        progress = self.progress
-        result = {
-            "checkpoint": f"iteration-{progress.iteration}",
-            "best_checkpoint": f"iteration-{progress.best_iteration}",
-            "epochs": progress.epoch,
-            "iterations": progress.iteration,
-            "val_top1_accuracy": progress.val_top1,   # of the last epoch: of the weights that are the result
-            "best_val_top1_accuracy": progress.plateau.best,
-            "ended_by": self.ended_by,
-            "seconds": round(progress.seconds, 3),
-            "world_size": progress.world_size,
-            "threads": progress.threads,
-            "device": torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu",
-        }
+        device = torch.cuda.get_device_name() if self.job.device == "cuda" else "cpu"
         try:
+            result = result_of(
+                self.folder, self.progress, ended_by=self.ended_by, average_val=average_val, device=device
+            )
             write_json(self.folder / "result.json", result)
         except StoreError as error:
             return error
-        self.log.info("finished by iteration %d, epoch %d", progress.iteration, progress.epoch)
+        self.log.info("finished by iteration %d, epoch %d", self.progress.iteration, self.progress.epoch)
         return None
 
 

@@ -250,4 +250,6 @@ def test_a_frozen_stage_needs_less_memory_and_traffic_and_adamw_needs_more_memor
     assert frozen.memory_per_worker_gib < plain.memory_per_worker_gib < adamw.memory_per_worker_gib
     assert adamw.memory_per_worker_gib - plain.memory_per_worker_gib == pytest.approx(plain.weights_mb * 1e6 / 2**30)
     assert frozen.traffic_per_iteration_mb < plain.traffic_per_iteration_mb == adamw.traffic_per_iteration_mb
+    assert frozen.checkpoints_gib < plain.checkpoints_gib < adamw.checkpoints_gib
+    assert planned("average = 3").checkpoints_gib == pytest.approx(3 * plain.checkpoints_gib)      # two sums of 8 bytes
     assert frozen.gflop_per_picture < 0.4 * plain.gflop_per_picture      # what is left of the rest are the FC layers
