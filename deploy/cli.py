@@ -211,7 +211,7 @@ def train(
         sys.exit(130)
     from deploy.last_words import last_words
 
-    click.echo(last_words(line, command=command_name(), store=store))
+    click.echo(last_words(line, command=command_name(), store=store, pictures=loaded.data.root))
 
 
 def reading(store: str, tracking: str | None) -> "Store":

@@ -14,10 +14,9 @@ from pipelines.sources import is_utf8, printable
 from training.published.library import find_weights, list_weights
 from training.store import DEFAULT_STORE, Store, store_around, store_to_read
 from vggcore.errors import DatasetError, RecipeError, StoreError
-from vggcore.published import PublishedWeights
+from vggcore.published import PUBLISHED, PublishedWeights
 
 PREFIX = "weights:"
-PUBLISHED = "keras/vgg16_notop"      # 59 MB, the paper's own convs: what a store without weights is advised to import
 
 
 @dataclass(frozen=True)

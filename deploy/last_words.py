@@ -1,15 +1,21 @@
 """What `vggrow train` prints last: the table of results, and the commands that go on from there."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.line import Line
 from deploy.tracking_address import SQLITE
+from deploy.verdict import verdict
 from deploy.yardsticks import read_yardsticks, result_rows, result_table
-from training.store import DEFAULT_STORE
+from training.parents import published_ancestor
+from training.published.library import list_weights
+from training.store import DEFAULT_STORE, Store
+from vggcore.published import PUBLISHED
 
 
-def last_words(line: Line, *, command: str, store: str) -> str:
-    """The text; `command` is how vggrow is typed here, `store` what --store was."""
+def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -> str:
+    """The text; `command` is how vggrow is typed here, `store` what --store was, `pictures` the folder, where there is one."""
     path = line.report.parent / "yardsticks.json"
     yardsticks = read_yardsticks(path) if path.exists() else None
     evaluations = {name: found.facts for name, found in line.evaluations.items()}
@@ -34,7 +40,25 @@ def last_words(line: Line, *, command: str, store: str) -> str:
         *([f"          then {address}"] if page else []),
         f"predict   {command} predict {line.registered.uri} PICTURE...{elsewhere}",
     ]
+    wrong = verdict(line.measured, yardsticks)
+    if wrong:
+        stage = next(stage for stage in line.stages if stage.name == line.registered_stage)
+        opened = Store(Path(store).expanduser().absolute())
+        known = published_ancestor(stage, line.stages, opened) is not None
+        weights = [record.name for record in list_weights(opened)]
+        parts += ["", *wrong, what_to_try(pictures, known, weights, command, elsewhere)]
     return "\n".join(parts)
+
+
+def what_to_try(pictures: Path | None, from_weights: bool, weights: Sequence[str], command: str, elsewhere: str) -> str:
+    """The next step after a poor result. weights: the published ones in the store; from_weights: it started from some."""
+    if from_weights:
+        return "try: mend wrong labels (the report shows the worst pictures), larger features.scales, or more pictures"
+    name = weights[0] if weights else PUBLISHED
+    first = "" if weights else f"{command} weights import {name}{elsewhere}, then "
+    if pictures is None:
+        return f'try: {first}a stage with head = "linear", fit = "logistic" and init_from = "weights:{name}"'
+    return f"try: {first}{command} init {shlex.quote(from_here(pictures))} --from weights:{name}{elsewhere} --out NEW.toml"
 
 
 def from_here(path: Path) -> str:

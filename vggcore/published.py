@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 DIGEST = re.compile(r"[0-9a-f]{32}")
 LONGEST_NAME = 100
+PUBLISHED = "keras/vgg16_notop"      # 59 MB, the paper's own convs: what a store without weights is advised to import
 FC_LAYERS = ("fc1", "fc2", "fc3")    # the paper's head, by the places that `layers` counts
 
 Rgb = tuple[float, float, float]
