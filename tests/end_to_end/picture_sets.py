@@ -1,4 +1,4 @@
-"""Four small sets of real pictures, from packages that are at hand without a network: `python -m tests.end_to_end.picture_sets DIR`.
+"""Four small sets of real pictures, from packages at hand without a network: `python -m tests.end_to_end.picture_sets DIR`.
 
 docs/benchmarks/init.md tries the defaults of `vggrow init` on them. The files are the same at every run.
 """
