@@ -161,12 +161,18 @@ def contender(client: MlflowClient, store: Store, version: ModelVersion) -> Cont
 def score_both(
     store: Store, gate: GateList, new: Contender, old: Contender, *, keep: bool
 ) -> tuple[Score, Score]:
-    """Both models' scores by the challenger's protocol and test scales, or the champion's own where its crop forbids them."""
+    """Both models' scores by the challenger's protocol and test scales, or the champion's own where its crop forbids them.
+
+    A linear head has one protocol, its own: where one of them has such a head, each is scored as it is served.
+    """
     pictures = gate_pictures(store, gate, new.lineage, new.opened.classes)
-    protocol, scales = (new.opened.description["protocol"][name] for name in ("name", "scales"))
+    linear = any(stage_of(each.opened).head == "linear" for each in (new, old))
     found = []
     for each in (new, old):
-        own = scales if min(scales) >= stage_of(each.opened).crop else each.opened.description["protocol"]["scales"]
+        served = (each if linear else new).opened.description["protocol"]
+        protocol, own = served["name"], served["scales"]
+        if not linear and min(own) < stage_of(each.opened).crop:
+            own = each.opened.description["protocol"]["scales"]
         found.append(
             score(
                 gate,

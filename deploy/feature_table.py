@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from deploy.predict import Predictor, open_model
 from deploy.scans import scan_data
 from pipelines.manifest import HEADER, Manifest, Pictures
-from training.features.compute import Found, features_of
+from training.features.compute import Found, Workers, features_of
 from training.features.forward import set_up_device
 from training.features.source import (
     FeatureSource,
@@ -91,7 +91,10 @@ def write_features(
             start_ray(
                 where.store, address=where.address, cpus=most(where.workers) * where.threads, stall_s=where.stall_s
             )
-        features = features_of(pictures_of(manifest, table), spec, found, where, progress=progress, say=say)
+        pictures = pictures_of(manifest, table)
+        features = features_of(
+            pictures, spec, found, where.store, Workers.of(where), progress=progress, say=say
+        )
     write_table(out, table, features, spec, with_split=not source.is_dir())
     return Written(
         out=out,

@@ -231,10 +231,13 @@ def same_pictures(challenger: Score, champion: Score) -> Check:
 
 
 def same_protocol(challenger: Score, champion: Score) -> Check:
-    """Whether both were scored in the same way."""
+    """Whether both were scored in the same way; linear heads, which have a protocol of their own, and what stands beside them
+    are scored as they are served.
+    """
     new, old = (f"{score.protocol} at {', '.join(map(str, score.scales))}" for score in (challenger, champion))
     found = f"both by {new}" if new == old else f"the challenger was scored by {new}, the champion by {old}"
-    return Check("protocol", new == old, found, "the same protocol and test scales: score the champion again")
+    linear = "pooled" in (challenger.protocol, champion.protocol)
+    return Check("protocol", new == old or linear, found, "the same protocol and test scales: score the champion again")
 
 
 def compare(challenger: Score, champion: Score, rules: GateRules, alpha_k: float) -> dict[str, Any]:

@@ -38,9 +38,11 @@ def judge(
     described = predictor.description
     stage = Stage.model_validate_json(json.dumps(described["stage"]))
     chosen = protocol or described["protocol"]["name"]
+    if stage.head == "linear":
+        check_own_protocol(model, stage, protocol, scales)
     if scales is None:
         scales = described["protocol"]["scales"] if protocol is None else default_scales(stage, chosen)
-    for scale in scales:
+    for scale in scales if stage.head != "linear" else ():
         if scale < stage.crop:
             raise RecipeError(f"--scales: {scale} is below the model's crop, {stage.crop}; a net needs its crop at least")
     if device == "cuda":
@@ -75,6 +77,17 @@ def judge(
         "classes": list(predictor.classes),
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+def check_own_protocol(model: str, stage: Stage, protocol: Protocol | None, scales: Sequence[int] | None) -> None:
+    """RecipeError for options that a linear head has no use for: it is fitted to whole pictures at its own scales."""
+    given = "--protocol" if protocol is not None else "--scales" if scales is not None else None
+    if given is not None:
+        own = ", ".join(map(str, stage.default_test_scales))
+        raise RecipeError(
+            f"{given} has no effect on {model}: a linear head sees whole pictures at Q = {own}, which it was fitted to; leave"
+            f" {given} out"
+        )
 
 
 def pictures_for(predictor: Predictor, source: Path | None, store: Store) -> Manifest:

@@ -174,6 +174,10 @@ class Together(Listener):
         for listener in self.listeners:
             listener.rows(stage, key, rows)
 
+    def features(self, stage: Stage, key: str, split: str, done: int, total: int) -> None:
+        for listener in self.listeners:
+            listener.features(stage, key, split, done, total)
+
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         for listener in self.listeners:
             listener.workers_restarted(stage, key, iteration)

@@ -26,7 +26,7 @@ from deploy.tracking_address import using_tracking
 from pipelines.colour import Colour
 from vggcore.errors import RegistryError, StoreError
 from vggcore.nets import Vgg, net_modules
-from vggcore.recipe import Features, Protocol
+from vggcore.recipe import Features, TestProtocol
 from vggcore.weights import save_weights
 from vggcore.whole_file import write_json, write_text
 
@@ -67,15 +67,15 @@ def write_package(
     settings: Mapping[str, Any],
     classes: Sequence[str],
     colour: Colour,
-    protocol: Protocol,
+    protocol: TestProtocol,
     scales: Sequence[int],
     lineage: Mapping[str, Any],
 ) -> None:
     """Writes model.safetensors, model.json and served_model.py to `folder`, each whole or not at all.
 
     state: the weights under torchvision's names. settings: a resolved stage, as stage.json has it under "stage".
-    scales: test scales Q in pixels, none below the crop. lineage: where the model comes from, JSON. Raises StoreError
-    where the weights are not those of the net that the settings describe.
+    scales: test scales Q in pixels, none below the crop where the net has one. lineage: where the model comes from, JSON.
+    Raises StoreError where the weights are not those of the net that the settings describe.
     """
     description = describe_model(
         settings=settings, classes=classes, colour=colour, protocol=protocol, scales=scales, lineage=lineage
@@ -91,13 +91,13 @@ def describe_model(
     settings: Mapping[str, Any],
     classes: Sequence[str],
     colour: Colour,
-    protocol: Protocol,
+    protocol: TestProtocol,
     scales: Sequence[int],
     lineage: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What model.json holds; the arguments are write_package's."""
-    crop = settings["crop"]
-    assert scales and min(scales) >= crop, f"test scales {list(scales)} at crop {crop}"
+    crop, features = settings["crop"], settings.get("features")
+    assert scales and (features or min(scales) >= crop), f"test scales {list(scales)} at crop {crop}"
     return {
         "format": served_model.FORMAT,
         "net": settings["net"],
@@ -106,7 +106,11 @@ def describe_model(
         "mean": [float(level) for level in colour.mean],
         "deviation": [float(level) for level in colour.deviation] if settings["standardise"] else None,
         **({"view": "whole"} if settings.get("view") == "whole" else {}),
-        "protocol": {"name": protocol, "scales": [int(scale) for scale in scales]},
+        "protocol": {
+            "name": protocol,
+            "scales": [int(scale) for scale in scales],
+            **({"flip": bool(features["flip"])} if features else {}),
+        },
         "layers": flat_layers(settings, classes),
         "lineage": dict(lineage),
         "stage": dict(settings),
@@ -155,6 +159,8 @@ def flat_layers(settings: Mapping[str, Any], classes: Sequence[str]) -> list[dic
                     layers.append({"kind": "lrn", "size": size, "alpha": alpha, "beta": beta, "k": k})
                 case nn.MaxPool2d():
                     layers.append({"kind": "max_pool", "window": module.kernel_size, "stride": module.stride})
+                    if int(name.removeprefix("features.")) in net.taps:
+                        layers.append({"kind": "pool_places", "how": settings["features"]["pool"]})
                 case nn.Linear():
                     first_of_paper = net.head == "paper" and all(layer["kind"] != "linear" for layer in layers)
                     layers.append({"kind": "linear", **weights, "window": net.map_side if first_of_paper else 1})

@@ -220,18 +220,19 @@ def stage_hint(name: str, store: Path) -> str:
 
 
 def open_stage(model: str, stage: tuple[Path, dict[str, Any]], store: Path) -> Predictor:
-    """Opens a finished stage's result, dense at its default test scales; the weights are read where they lie."""
+    """Opens a finished stage's result, dense at its default test scales, a linear head at its own; nothing is copied."""
     folder, about = stage
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     weights = folder / "checkpoints" / result["checkpoint"] / WEIGHTS_FILE
     colour = recorded_colour(Store(store), about["key"])
     check_state(load_weights(weights), about["stage"], about["classes"])
+    settled = Stage.model_validate_json(json.dumps(about["stage"]))
     description = describe_model(
         settings=about["stage"],
         classes=about["classes"],
         colour=colour,
-        protocol="dense",
-        scales=Stage.model_validate_json(json.dumps(about["stage"])).default_test_scales,
+        protocol="pooled" if settled.head == "linear" else "dense",
+        scales=settled.default_test_scales,
         lineage={"stage_key": about["key"], "fingerprint": about["fingerprint"]},
     )
     with tempfile.TemporaryDirectory() as scratch:

@@ -71,12 +71,14 @@ class VggModel(mlflow.pyfunc.PythonModel):
         """Posteriors (classes,) float32 of a picture (h, w, 3) uint8 by the protocol of model.json (Sec. 3.2).
 
         "centre": the middle crop at each test scale Q. "dense": the whole picture, averaged with its mirror image.
-        Soft-max posteriors are averaged over the test scales.
+        Soft-max posteriors are averaged over the test scales. "pooled": see pooled_posteriors.
         """
         protocol, layers = self.description["protocol"], self.description["layers"]
+        if protocol["name"] == "pooled":
+            return self.pooled_posteriors(pixels)
         total = np.zeros(len(self.classes), np.float64)
         for scale in protocol["scales"]:
-            scaled = rescale(pixels, scale, squeeze=self.description.get("view") == "whole")
+            scaled = self.rescaled(pixels, scale)
             if protocol["name"] == "centre":
                 images = normalise(centre_crop(scaled, self.description["crop"]), self.description)
             else:
@@ -87,6 +89,26 @@ class VggModel(mlflow.pyfunc.PythonModel):
             total += posteriors.double().mean(0).numpy()
         return (total / len(protocol["scales"])).astype(np.float32)
 
+    def pooled_posteriors(self, pixels: np.ndarray) -> np.ndarray:
+        """Posteriors (classes,) float32 of a linear layer on pooled values of the whole picture at all test scales Q.
+
+        Each scale's values follow the last one's; with `flip` they are the mean of the picture's and its mirror image's.
+        """
+        protocol, layers = self.description["protocol"], self.description["layers"]
+        at_scales = []
+        with torch.inference_mode():
+            for scale in protocol["scales"]:
+                images = normalise(self.rescaled(pixels, scale), self.description)
+                if protocol["flip"]:
+                    images = torch.cat([images, images.flip(3)])
+                at_scales.append(pooled_values(layers[:-1], self.weights, images).mean(0))
+            weight, bias = (self.weights[layers[-1][name]] for name in ("weight", "bias"))
+            return functional.linear(torch.cat(at_scales), weight, bias).softmax(0).numpy()
+
+    def rescaled(self, pixels: np.ndarray, scale: int) -> np.ndarray:
+        """The whole picture at a test scale, as training saw it."""
+        return rescale(pixels, scale, squeeze=self.description.get("view") == "whole")
+
 
 def run_layers(layers: list[dict[str, Any]], weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Logits (N, classes) of images (N, 3, H, W), no side below the crop, by a flat list of layers.
@@ -96,27 +118,47 @@ def run_layers(layers: list[dict[str, Any]], weights: dict[str, torch.Tensor], i
     """
     values = images
     for layer in layers:
-        match layer["kind"]:
-            case "conv":
-                weight, bias = weights[layer["weight"]], weights[layer["bias"]]
-                values = functional.conv2d(values, weight, bias, padding=layer["padding"])
-            case "relu":
-                values = functional.relu(values)
-            case "lrn":
-                size, alpha, beta, k = (layer[name] for name in ("size", "alpha", "beta", "k"))
-                values = functional.local_response_norm(values, size, alpha, beta, k)
-            case "max_pool":
-                values = functional.max_pool2d(values, layer["window"], layer["stride"])
-            case "average_pool":
-                values = functional.avg_pool2d(values, layer["window"], stride=1)
-            case "linear":
-                places = [side - layer["window"] + 1 for side in values.shape[2:]]
-                windows = functional.unfold(values, layer["window"]).transpose(1, 2)   # (N, places, F)
-                scores = functional.linear(windows, weights[layer["weight"]], weights[layer["bias"]])
-                values = scores.transpose(1, 2).unflatten(2, places)
-            case kind:
-                raise ValueError(f"model.json: unknown kind of layer {kind!r}; served_model.py is older than the model")
+        values = run_layer(layer, weights, values)
     return values.mean((2, 3))
+
+
+def pooled_values(layers: list[dict[str, Any]], weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """(N, F): what each layer "pool_places" pools over all places, in order; averages before maxima."""
+    values, pooled = images, []
+    for layer in layers:
+        if layer["kind"] != "pool_places":
+            values = run_layer(layer, weights, values)
+            continue
+        if layer["how"] != "maximum":
+            pooled.append(values.mean((2, 3)))
+        if layer["how"] != "average":
+            pooled.append(values.amax((2, 3)))
+    return torch.cat(pooled, 1)
+
+
+def run_layer(layer: dict[str, Any], weights: dict[str, torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    """Values (N, C, H, W) after one layer."""
+    match layer["kind"]:
+        case "conv":
+            weight, bias = weights[layer["weight"]], weights[layer["bias"]]
+            values = functional.conv2d(values, weight, bias, padding=layer["padding"])
+        case "relu":
+            values = functional.relu(values)
+        case "lrn":
+            size, alpha, beta, k = (layer[name] for name in ("size", "alpha", "beta", "k"))
+            values = functional.local_response_norm(values, size, alpha, beta, k)
+        case "max_pool":
+            values = functional.max_pool2d(values, layer["window"], layer["stride"])
+        case "average_pool":
+            values = functional.avg_pool2d(values, layer["window"], stride=1)
+        case "linear":
+            places = [side - layer["window"] + 1 for side in values.shape[2:]]
+            windows = functional.unfold(values, layer["window"]).transpose(1, 2)   # (N, places, F)
+            scores = functional.linear(windows, weights[layer["weight"]], weights[layer["bias"]])
+            values = scores.transpose(1, 2).unflatten(2, places)
+        case kind:
+            raise ValueError(f"model.json: unknown kind of layer {kind!r}; served_model.py is older than the model")
+    return values
 
 
 def decode_base64(text: str) -> bytes:

@@ -12,20 +12,23 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pipelines.cache import DecodedCache
 from pipelines.colour import Colour
 from pipelines.loader import TestLoader
 from pipelines.manifest import Manifest, Pictures
+from training.features.compute import Workers, features_of
+from training.features.source import stage_source, stage_spec
 from training.parents import recorded_colour
 from training.store import Store, read_json
 from vggcore.dense import dense_posteriors
 from vggcore.digest import digest
 from vggcore.metrics import balanced_accuracy, confusion_matrix, macro_auc, top_k_accuracy
-from vggcore.nets import Vgg, build_net
-from vggcore.recipe import Protocol
+from vggcore.nets import FC_NAMES, Vgg, build_net
+from vggcore.recipe import TestProtocol
 from vggcore.schedule import Stage
-from vggcore.weights import load_weights
+from vggcore.weights import load_some, load_weights
 from vggcore.whole_file import whole_file, write_json
 
 BATCH_PIXELS = 2**22      # pixels a forward pass: 83 crops of 224, one picture of 2048x2048
@@ -51,7 +54,7 @@ def evaluate_stage(
     weights: Path,
     manifest: Manifest,
     *,
-    protocol: Protocol,
+    protocol: TestProtocol,
     scales: Sequence[int] | None,
     split: str = "test",
     device: str = "cpu",
@@ -60,9 +63,12 @@ def evaluate_stage(
 ) -> Evaluation:
     """Evaluates a stage's weights, or reads what was found before: the same question is never computed twice.
 
-    scales: test scales Q; None: one, at S or the middle of the range, for "centre", and those of Sec. 4.2 for "dense".
-    cache: of the manifest's pictures, where there is one.
+    scales: test scales Q; None: one, at S or the middle of the range, for "centre", and those of Sec. 4.2 for "dense". A
+    linear head is evaluated as "pooled" at the scales of its own features, whatever is given. cache: of the manifest's
+    pictures, where there is one.
     """
+    if stage.head == "linear":
+        protocol, scales = "pooled", stage.default_test_scales
     scales = tuple(scales) if scales is not None else default_scales(stage, protocol)
     question = {"protocol": protocol, "scales": list(scales), "split": split, "fingerprint": manifest.fingerprint}
     folder = store.evaluation(key, digest(question, hex_characters=16))
@@ -71,18 +77,21 @@ def evaluate_stage(
         return Evaluation(folder, known)
     began = time.monotonic()
     pictures = manifest.split(split)
-    posteriors = evaluate_weights(
-        load_weights(weights),
-        stage,
-        pictures,
-        recorded_colour(store, key),
-        classes=len(manifest.classes),
-        protocol=protocol,
-        scales=scales,
-        device=device,
-        threads=threads,
-        cache=cache,
-    )
+    if stage.fit == "logistic":
+        posteriors = stored_posteriors(store, stage, key, weights, pictures, device=device, threads=threads)
+    else:
+        posteriors = evaluate_weights(
+            load_weights(weights),
+            stage,
+            pictures,
+            recorded_colour(store, key),
+            classes=len(manifest.classes),
+            protocol=protocol,
+            scales=scales,
+            device=device,
+            threads=threads,
+            cache=cache,
+        )
     facts = {
         "stage": stage.name,
         "stage_key": key,
@@ -105,6 +114,17 @@ def evaluate_stage(
     return Evaluation(folder, facts)
 
 
+def stored_posteriors(
+    store: Store, stage: Stage, key: str, weights: Path, pictures: Pictures, *, device: str, threads: int
+) -> NDArray[np.float32]:
+    """(pictures, classes) posteriors of a logistic stage on the store's features; those that are not there are computed."""
+    source = stage_source(stage, weights, {}, recorded_colour(store, key))
+    values = features_of(pictures, stage_spec(source, stage), source, store, Workers(threads, device)).values
+    layer = load_some(weights, {kind: f"{FC_NAMES['linear'][0]}.{kind}" for kind in ("weight", "bias")})
+    logits = functional.linear(torch.from_numpy(values), layer["weight"], layer["bias"])
+    return torch.softmax(logits, 1).numpy()
+
+
 def evaluate_weights(
     weights: dict[str, Tensor],
     stage: Stage,
@@ -112,7 +132,7 @@ def evaluate_weights(
     colour: Colour,
     *,
     classes: int,
-    protocol: Protocol,
+    protocol: TestProtocol,
     scales: Sequence[int],
     device: str,
     threads: int,
@@ -126,19 +146,23 @@ def evaluate_weights(
         pictures, colour, standardise=stage.standardise, device=device, threads=threads, cache=cache, view=stage.view
     )
     try:
-        return split_posteriors(net.to(device).eval(), loader, stage.crop, protocol, scales, len(pictures))
+        net.to(device).eval()
+        if protocol == "pooled":
+            assert stage.features is not None, "only linear heads pool"
+            return pooled_posteriors(net, loader, scales, len(pictures), flip=stage.features.flip)
+        return split_posteriors(net, loader, stage.crop, protocol, scales, len(pictures))
     finally:
         loader.close()
 
 
-def default_scales(stage: Stage, protocol: Protocol) -> tuple[int, ...]:
+def default_scales(stage: Stage, protocol: TestProtocol) -> tuple[int, ...]:
     """One scale for a centre crop, the multi-scale test of Sec. 4.2 for the dense protocol."""
     return (stage.middle_scale,) if protocol == "centre" else stage.default_test_scales
 
 
 @torch.inference_mode()
 def split_posteriors(
-    net: Vgg, loader: TestLoader, crop: int, protocol: Protocol, scales: Sequence[int], pictures: int
+    net: Vgg, loader: TestLoader, crop: int, protocol: TestProtocol, scales: Sequence[int], pictures: int
 ) -> NDArray[np.float32]:
     """(pictures, classes) soft-max posteriors, averaged over the test scales; dense: also over the flip (Sec. 3.2)."""
     total: NDArray[np.float64] | None = None
@@ -157,6 +181,25 @@ def split_posteriors(
             total[np.asarray(indices)] += found.double().cpu().numpy()
     assert total is not None, "an empty split is refused by the scan"
     return (total / len(scales)).astype(np.float32)
+
+
+@torch.inference_mode()
+def pooled_posteriors(
+    net: Vgg, loader: TestLoader, scales: Sequence[int], pictures: int, *, flip: bool
+) -> NDArray[np.float32]:
+    """(pictures, classes) soft-max posteriors of a linear head: whole pictures, the values of all scales side by side."""
+    at_scales = []
+    for scale in scales:
+        rows: list[Tensor] = [torch.zeros(0)] * pictures
+        for images, _, indices in loader.whole(scale, max(1, BATCH_PIXELS // (2 * scale**2))):
+            values = net.pooled(images)
+            if flip:
+                values = (values + net.pooled(images.flip(3))) / 2
+            for index, row in zip(indices.tolist(), values, strict=True):
+                rows[index] = row
+        at_scales.append(torch.stack(rows))
+    logits: Tensor = net.classifier(torch.cat(at_scales, 1))
+    return torch.softmax(logits.float(), 1).cpu().numpy()
 
 
 def figures(posteriors: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""history.jsonl: what happened in a stage, a line an iteration and a line an epoch, each point once.
+"""history.jsonl: what happened in a stage, a line an iteration and a line an epoch, each point once; of a logistic fit a line a
+penalty.
 
     {"iteration": 12, "train_loss": 0.61}
     {"epoch": 3, "iteration": 48, "train_loss": ..., "val_loss": ..., "val_top1_accuracy": ..., "learning_rate": ..., ...}
+    {"iteration": 5, "C": 0.01, "train_loss": ..., "val_loss": ..., "val_top1_accuracy": ..., ...}      a penalty tried
 
 Rank 0 alone writes it; MLflow is filled from it. Epochs count from 1 here, as people do.
 """

@@ -14,6 +14,9 @@ class Listener:
     def rows(self, stage: Stage, key: str, rows: list[dict[str, Any]]) -> None:
         """New rows of the stage's history; called every POLL_S, also with no rows."""
 
+    def features(self, stage: Stage, key: str, split: str, done: int, total: int) -> None:
+        """How far a logistic stage's features of a split are, pictures; called every POLL_S, also with nothing new."""
+
     def workers_restarted(self, stage: Stage, key: str, iteration: int) -> None:
         """Workers died and were replaced; training goes on from a checkpoint."""
 

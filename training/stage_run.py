@@ -14,6 +14,7 @@ from training.fit import FitThread
 from training.freezing import frozen_layers
 from training.history_tail import HistoryTail
 from training.listener import Listener
+from training.logistic_stage import LogisticThread
 from training.parents import Parent, is_done
 from training.stage_job import StageJob
 from training.stage_log import CONDUCTOR, conductor_hears, stage_log, stage_logger, versions
@@ -46,7 +47,7 @@ class StageRun:
         self.folder = where.store.stage(key)
         self.log = stage_logger(key, CONDUCTOR)
         self.held = ExitStack()
-        self.fit: FitThread | None = None
+        self.fit: FitThread | LogisticThread | None = None
         self.begun, self.fence = False, 0
 
     def begin(self) -> None:
@@ -68,9 +69,11 @@ class StageRun:
         self.tail, self.starts = HistoryTail(self.folder / "history.jsonl"), HistoryTail(self.folder / "starts.jsonl")
         self.leaving = HistoryTail(self.folder / "preemptions.jsonl")
         self.first = True
-        self.fit = FitThread(
-            prepare(self.stage, self.key, self.fence, self.parent, self.colour, self.manifest, self.where), self.where
-        )
+        job = prepare(self.stage, self.key, self.fence, self.parent, self.colour, self.manifest, self.where)
+        if self.stage.fit == "logistic":
+            self.fit = LogisticThread(job, self.manifest, self.where)
+        else:
+            self.fit = FitThread(job, self.where)
         self.fit.start()
 
     def say_begin(self) -> None:
@@ -104,7 +107,7 @@ class StageRun:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether Ray Train still runs it."""
+        """Whether it still runs."""
         return self.fit is not None and self.fit.is_alive()
 
     def poll(self) -> bool:
@@ -131,6 +134,8 @@ class StageRun:
             if notice["fence"] == self.fence:
                 self.log.warning("Ray says that a node will be taken away; checkpoint at iteration %d", notice["iteration"])
                 self.listener.node_leaves(self.stage, self.key, notice["iteration"], notice["every_s"])
+        if isinstance(self.fit, LogisticThread) and self.fit.features is not None:
+            self.listener.features(self.stage, self.key, *self.fit.features)
         self.listener.rows(self.stage, self.key, self.tail.new_rows())
         return over
 

@@ -23,7 +23,7 @@ from training.listener import Listener
 from training.store import Store
 from training.system_metrics import Sample, SystemTail
 from vggcore.errors import TrackingError
-from vggcore.schedule import EXEMPT, Stage
+from vggcore.schedule import EXEMPT, LOGISTIC, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ RETRY_AFTER_S = 30.0        # pause after a server did not answer
 LOOK_EVERY_S = 5.0          # how often the journals of the machines are looked at
 POINTS_AN_EPOCH = 50        # train_loss points an epoch that go to MLflow; all are in history.jsonl
 EPOCH_METRICS = ("epoch", "val_loss", "val_top1_accuracy", "learning_rate", "seconds")
+GRID_METRICS = ("C", "train_loss", "val_loss", "val_top1_accuracy", "seconds")      # of a logistic fit, a point a penalty
 DOWN = (MlflowException, requests.RequestException, OSError)
 
 
@@ -121,6 +122,8 @@ class Tracker(Listener):
             step = row["iteration"]
             if "epoch" in row:
                 values = {name: row[name] for name in EPOCH_METRICS}
+            elif "C" in row:
+                values = {name: row[name] for name in GRID_METRICS}
             else:
                 values = {"train_loss": row["train_loss"]} if step % every == 0 else {}
             for name, value in values.items():
@@ -149,7 +152,8 @@ class Tracker(Listener):
                 "vggrow.machine": platform.node(),
             }
             run_id = str(self.client.create_run(self.experiment_id, run_name=stage.name, tags=tags).info.run_id)
-        settings = stage.model_dump(mode="json", exclude=set(EXEMPT))
+        used = set(LOGISTIC) if stage.fit == "logistic" else None
+        settings = stage.model_dump(mode="json", exclude=set(EXEMPT), include=used)
         known = self.client.get_run(run_id).data.params
         missing = [Param(name, str(value)) for name, value in settings.items() if name not in known]
         if missing:

@@ -36,6 +36,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 AllReduce = Literal["fp32", "bf16"]
 SplitRule = Literal["folder", "hash", "stratified", "group"]
 Protocol = Literal["centre", "dense"]
+TestProtocol = Literal["centre", "dense", "pooled"]      # "pooled": of linear heads, and theirs alone
 TestViews = Literal["none", "flips", "turns"]
 ResultWeights = Literal["last", "best on val", "average"]
 

@@ -20,14 +20,13 @@ from pipelines.scan import scan
 from tests.pipelines.photo_folders import make_photo_folder
 from tests.training.small_published import MEAN, publish, published_tensors
 from training.features import batches, compute
-from training.features.compute import features_of
+from training.features.compute import Workers, features_of
 from training.features.forward import FeatureNet
 from training.features.source import fc_spec, pooled_spec, published_source
 from training.features.spec import FeatureSpec, tensors_digest, used_tensors
 from training.features.table import FeatureTable, write_part
 from training.ray_start import start_ray
 from training.store import Store, open_store
-from training.where import Where
 from vggcore.errors import DatasetError, RecipeError, StoreError
 from vggcore.recipe import Data, Features
 
@@ -63,9 +62,11 @@ def spec_of(store: Store, features: Features = TINY, precision: str = "fp32") ->
     return pooled_spec(published_source(store, "small/a"), features, precision=precision)
 
 
-def found(store: Store, pictures: Pictures, spec: FeatureSpec | None = None, **where: object) -> compute.Found:
+def found(
+    store: Store, pictures: Pictures, spec: FeatureSpec | None = None, *, threads: int = 1, tasks: int | None = None
+) -> compute.Found:
     spec = spec or spec_of(store)
-    return features_of(pictures, spec, published_source(store, "small/a"), Where(store=store, **where))  # type: ignore[arg-type]
+    return features_of(pictures, spec, published_source(store, "small/a"), store, Workers(threads, tasks=tasks))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -115,7 +116,7 @@ def test_the_papers_own_features_have_length_1_and_are_the_mean_over_places_scal
     source = published_source(store, "small/fc")
     pictures = chosen(everything(manifest), np.arange(0, 36, 8))
 
-    values = features_of(pictures, fc_spec(source, (32, 48), precision="fp32"), source, Where(store=store)).values
+    values = features_of(pictures, fc_spec(source, (32, 48), precision="fp32"), source, store, Workers(1)).values
 
     assert values.shape == (5, 4096)
     np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, rtol=1e-6)
@@ -189,7 +190,7 @@ def test_bits_are_equal_at_two_and_three_ray_workers(
     for workers in (2, 3):
         other = open_store(tmp_path / f"with-{workers}")
         publish(other)
-        together = found(other, pictures, workers=workers)
+        together = found(other, pictures, tasks=workers)
         np.testing.assert_array_equal(together.values, alone)
         assert together.computed == 36
         assert len(list((other.features(spec_of(other).key) / "parts").iterdir())) > workers
@@ -210,7 +211,8 @@ def test_a_new_picture_costs_only_itself_and_a_copy_nothing(
         everything(grown),
         spec_of(store),
         published_source(store, "small/a"),
-        Where(store=store),
+        store,
+        Workers(1),
         progress=lambda done, total: counted.append((done, total)),
     )
 
@@ -231,7 +233,7 @@ def test_a_stop_keeps_the_batches_that_are_done(store: Store, manifest: Manifest
             raise Stop
 
     with pytest.raises(Stop):
-        features_of(pictures, spec_of(store), published_source(store, "small/a"), Where(store=store), check=stop)
+        features_of(pictures, spec_of(store), published_source(store, "small/a"), store, Workers(1), check=stop)
 
     table = FeatureTable(store, spec_of(store))
     table.refresh()

@@ -28,7 +28,9 @@ from training.features.forward import FeatureNet, set_up_device
 from training.features.source import FeatureSource, spec_colour
 from training.features.spec import FeatureSpec, used_tensors
 from training.features.table import FeatureTable, write_part
+from training.store import Store
 from training.where import Where
+from training.worker_count import most
 from vggcore.weights import load_some
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,20 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.2              # how often a wait looks whether it is to end
 Check = Callable[[], None]
 Progress = Callable[[int, int], None]      # pictures computed, pictures to compute
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What computes features; nothing here changes a bit of them."""
+
+    threads: int                 # of each worker, and so many batches at a time
+    device: str = "cpu"          # or "cuda"
+    tasks: int | None = None     # Ray tasks at once; None: in this process
+
+    @classmethod
+    def of(cls, where: Where) -> "Workers":
+        """As a schedule runs."""
+        return cls(where.threads, where.device, None if where.in_this_process else most(where.workers))
 
 
 @dataclass(frozen=True)
@@ -47,8 +63,7 @@ class Part:
     folder: Path                 # of the spec's features
     pictures: Pictures
     batches: list[Integers]      # rows of `pictures`
-    device: str
-    threads: int
+    workers: Workers
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,8 @@ def features_of(
     pictures: Pictures,
     spec: FeatureSpec,
     source: FeatureSource,
-    where: Where,
+    store: Store,
+    workers: Workers,
     *,
     progress: Progress = no_progress,
     check: Check = nothing,
@@ -79,12 +95,12 @@ def features_of(
 ) -> Found:
     """The features of these pictures, in their order; only what the store does not have is computed, each content once.
 
-    Several workers: Ray must run (ray_start.start_ray). check: called every fraction of a second; it may raise to end the
+    Ray must run where it has tasks (ray_start.start_ray). check: called every fraction of a second; it may raise to end the
     work, and what was computed stays. Raises DatasetError for a picture that is no longer what was scanned, StoreError for
     a store that takes no writes.
     """
     contents = [str(content) for content in pictures.contents]
-    table = FeatureTable(where.store, spec)
+    table = FeatureTable(store, spec)
     table.refresh()
     computed = 0
     if table.missing(contents):
@@ -93,7 +109,7 @@ def features_of(
             table.refresh()
             missing = table.missing(contents)
             computed = len(missing)
-            compute(pictures, rows_of(contents, missing), table, source, where, progress, check)
+            compute(pictures, rows_of(contents, missing), table, source, workers, progress, check)
         table.refresh()
     return Found(table.rows(contents), computed)
 
@@ -129,7 +145,7 @@ def compute(
     rows: Integers,
     table: FeatureTable,
     source: FeatureSource,
-    where: Where,
+    workers: Workers,
     progress: Progress,
     check: Check,
 ) -> None:
@@ -137,11 +153,8 @@ def compute(
     if not len(rows):
         return
     scales = table.spec.scales
-    batches = cut(pictures, rows, scales, where.device)
-    parts = [
-        make_part(table, source, pictures, some, where.device, where.threads)
-        for some in into_parts(pictures, batches, scales)
-    ]
+    batches = cut(pictures, rows, scales, workers.device)
+    parts = [make_part(table, source, pictures, some, workers) for some in into_parts(pictures, batches, scales)]
     done = 0
 
     def advance(count: int) -> None:
@@ -150,18 +163,18 @@ def compute(
         progress(done, len(rows))
 
     progress(0, len(rows))
-    if where.in_this_process:
+    if workers.tasks is None:
         for part in parts:
             compute_part(part, advance, check)
         net_of.cache_clear()
     else:
         from training.features.on_ray import compute_on_ray  # Ray: a second, where it is asked for
 
-        compute_on_ray(parts, where, advance, check)
+        compute_on_ray(parts, workers.tasks, advance, check)
 
 
 def make_part(
-    table: FeatureTable, source: FeatureSource, pictures: Pictures, batches: list[Integers], device: str, threads: int
+    table: FeatureTable, source: FeatureSource, pictures: Pictures, batches: list[Integers], workers: Workers
 ) -> Part:
     """A part with its own pictures alone."""
     rows = np.concatenate(batches)
@@ -175,13 +188,13 @@ def make_part(
     )
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
     numbered = np.split(np.arange(len(rows)), ends)
-    return Part(table.spec, source, table.folder, own, numbered, device, threads)
+    return Part(table.spec, source, table.folder, own, numbered, workers)
 
 
 def compute_part(part: Part, advance: Callable[[int], None] = lambda count: None, check: Check = nothing) -> int:
     """Computes a part, writes it, and gives its rows; what ends it early leaves the batches that are done written."""
-    set_up_device(part.device, part.spec.precision)
-    net = net_of(part.spec, part.source.file, tuple(sorted(part.source.tensors.items())), part.device)
+    set_up_device(part.workers.device, part.spec.precision)
+    net = net_of(part.spec, part.source.file, tuple(sorted(part.source.tensors.items())), part.workers.device)
     done: list[tuple[Integers, NDArray[np.float32]]] = []
     try:
         with closing(computed_batches(part, net)) as batches:
@@ -208,16 +221,17 @@ def net_of(spec: FeatureSpec, file: Path, tensors: tuple[tuple[str, str], ...], 
 def computed_batches(part: Part, net: FeatureNet) -> Generator[tuple[Integers, NDArray[np.float32]], None, None]:
     """The rows and values, (n, F), of each batch, in order; `threads` batches at a time, each in one thread."""
     spec, shapes = part.spec, scaled_shapes(part.pictures, part.spec.scales).reshape(len(part.pictures), -1)
-    sizes = [batch_size(pixels_of(shapes[batch[0]]), part.device) for batch in part.batches]
-    threads = 1 if part.device.startswith("cuda") else part.threads
+    device = part.workers.device
+    sizes = [batch_size(pixels_of(shapes[batch[0]]), device) for batch in part.batches]
+    threads = 1 if device == "cuda" else part.workers.threads
     loader = ScalesLoader(
         part.pictures,
         spec_colour(spec),
         spec.scales,
         standardise=spec.deviation is not None,
         batch=max(len(batch) for batch in part.batches),
-        device=part.device,
-        threads=part.threads,
+        device=device,
+        threads=part.workers.threads,
     )
     ahead: deque[tuple[Integers, Future[NDArray[np.float32]]]] = deque()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

@@ -7,24 +7,23 @@ from typing import Any
 import ray
 
 from training.features.compute import LOOK_S, Check, Part, compute_part
-from training.where import Where
-from training.worker_count import most
 from vggcore.errors import TrainingError, VggrowError
 
 RETRIES = 3      # how often a part is computed again after the death of its worker
 
 
-def compute_on_ray(parts: Sequence[Part], where: Where, advance: Callable[[int], None], check: Check) -> None:
-    """Computes all parts; Ray runs already. An error, or one that `check` raises, ends those that run.
+def compute_on_ray(parts: Sequence[Part], tasks: int, advance: Callable[[int], None], check: Check) -> None:
+    """Computes all parts, `tasks` at once; Ray runs already. An error, or one that `check` raises, ends those that run.
 
     Raises VggrowError that a worker raised, TrainingError where a part's workers keep dying.
     """
-    gpus = 1 if where.device == "cuda" else 0
-    remote = ray.remote(num_cpus=where.threads, num_gpus=gpus, max_retries=RETRIES)(compute_part)
+    workers = parts[0].workers
+    gpus = 1 if workers.device == "cuda" else 0
+    remote = ray.remote(num_cpus=workers.threads, num_gpus=gpus, max_retries=RETRIES)(compute_part)
     waiting, running = deque(parts), set[Any]()
     try:
         while waiting or running:
-            while waiting and len(running) < most(where.workers):
+            while waiting and len(running) < tasks:
                 running.add(remote.remote(waiting.popleft()))
             ready, _ = ray.wait(list(running), timeout=LOOK_S)
             for one in ready:
