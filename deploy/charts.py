@@ -69,7 +69,9 @@ def view_sheet(images: NDArray[np.floating], titles: Sequence[str]) -> bytes:
 
 
 def draw_learning_curves(history: Sequence[HistoryRow]) -> Figure:
-    """The figure of learning_curves; x is the iteration."""
+    """The figure of learning_curves; x is the iteration, of a logistic fit the penalty's C."""
+    if any("C" in row for row in history):
+        return draw_penalties(history)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.7))
         figure.subplots_adjust(left=0.055, right=0.99, bottom=0.17, top=0.9, wspace=0.13)   # half the time of "constrained"
@@ -95,6 +97,29 @@ def draw_learning_curves(history: Sequence[HistoryRow]) -> Figure:
             )   # fmt: skip
         if loss.get_legend_handles_labels()[0]:
             loss.legend(loc="upper right", fontsize=7.5)
+        return figure
+
+
+def draw_penalties(history: Sequence[HistoryRow]) -> Figure:
+    """The losses and the accuracy on val at each penalty that a logistic fit tried."""
+    rows = [row for row in history if finite(row, "C") and finite(row, "val_loss")]
+    best = min(rows, key=lambda row: (row["val_loss"], row["C"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.7))
+        figure.subplots_adjust(left=0.055, right=0.99, bottom=0.17, top=0.9, wspace=0.13)
+        loss, accuracy = figure.subplots(1, 2)
+        for axes, name, factor, looks in (
+            (loss, "train_loss", 1, {"color": TRAIN_COLOUR, "marker": "o", "label": "train"}),
+            (loss, "val_loss", 1, {"color": VAL_COLOUR, "marker": "s", "linestyle": "--", "label": "val"}),
+            (accuracy, "val_top1_accuracy", 100, {"color": VAL_COLOUR, "marker": "s", "linestyle": "--"}),
+        ):
+            axes.plot([row["C"] for row in rows], [factor * row[name] for row in rows], markersize=3, linewidth=1.2, **looks)
+        loss.set(title="Loss", xlabel="C: a larger one is a weaker penalty")
+        accuracy.set(title="Top-1 accuracy on val, %", xlabel="C")
+        for axes in (loss, accuracy):
+            axes.set_xscale("log")
+            axes.axvline(best["C"], color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
+        loss.legend(loc="upper right", fontsize=7.5)
         return figure
 
 

@@ -19,6 +19,7 @@ from deploy.plan_table import aligned, number
 from deploy.report import find_schedule
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import batches_per_epoch
+from training.features.cost import feature_macs
 from training.freezing import usual_macs
 from training.history import read_history
 from training.store import read_json
@@ -184,10 +185,12 @@ class Cost:
         return batches_per_epoch(self.pictures, self.settings(key)["global_batch"])
 
     def within(self, key: str, iteration: float) -> float:
-        """Operations of a stage's first iterations; an epoch's last batch may be short."""
+        """Operations of a stage's first iterations; an epoch's last batch may be short. A logistic fit's are its features'."""
         settings = self.settings(key)
+        stage = Stage.model_validate_json(json.dumps(settings))
+        if stage.fit == "logistic":
+            return 2.0 * feature_macs(stage) * self.pictures
         if key not in self.a_view:
-            stage = Stage.model_validate_json(json.dumps(settings))
             table = layer_table(stage.net, classes=self.classes, **stage.net_settings)
             self.a_view[key] = 2.0 * usual_macs(stage, table)
         epochs, rest = divmod(iteration, self.iterations_an_epoch(key))

@@ -288,11 +288,12 @@ def evaluate_all(
         run = tracker.runs[key].run_id
         history = read_history(folder / "history.jsonl")
         tracker.log_bytes(run, charts.learning_curves(history), "learning_curves.png", store.scratch)
-        sheet = view_sheet(stage, manifest, recorded_colour(store, key))
-        tracker.log_bytes(run, sheet, "training_views.png", store.scratch)
+        if stage.fit == "sgd":
+            sheet = view_sheet(stage, manifest, recorded_colour(store, key))
+            tracker.log_bytes(run, sheet, "training_views.png", store.scratch)
         if stage.name not in wanted:
             continue
-        say(f"{stage.name}: evaluating on test, {recipe.evaluate.protocol}")
+        say(f"{stage.name}: evaluating on test, {'pooled' if stage.head == 'linear' else recipe.evaluate.protocol}")
         evaluation = evaluate_stage(
             store,
             stage,

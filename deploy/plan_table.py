@@ -10,6 +10,8 @@ from typing import Any
 from pipelines.manifest import Manifest
 from pipelines.plan import batches_per_epoch, share
 from training.checkpoint import room_for_checkpoints
+from training.features.batches import BATCH_PIXELS
+from training.features.cost import feature_macs
 from training.freezing import frozen_layers, usual_macs
 from training.losses import check_class_weights
 from training.optimise import moments
@@ -40,7 +42,7 @@ class StagePlan:
     key: str | None
     status: str                          # "done" | "begun" | "to do" | "unknown"
     reason: str                          # why, in a few words
-    max_epochs: int
+    max_epochs: int                      # 0: a logistic fit, which sees each picture once
     max_iterations: int | None
     parameters: int
     weights_mb: float                    # 1e6 bytes
@@ -174,7 +176,9 @@ def stage_plan(
     parameters = sum(row.parameters for row in table)
     weights = parameters * FLOAT_BYTES
     trained = sum(row.parameters for row in table[frozen_layers(stage, table) :]) * FLOAT_BYTES
-    flop = 2 * usual_macs(stage, table)
+    logistic = stage.fit == "logistic"
+    flop = 2 * (feature_macs(stage) if logistic else usual_macs(stage, table))
+    epochs = 0 if logistic else stage.max_epochs
     return StagePlan(
         name=stage.name,
         net=stage.net,
@@ -183,15 +187,15 @@ def stage_plan(
         key=key,
         status=status,
         reason=reason,
-        max_epochs=stage.max_epochs,
-        max_iterations=stage.max_epochs * batches_per_epoch(pictures, stage.global_batch) if pictures else None,
+        max_epochs=epochs,
+        max_iterations=epochs * batches_per_epoch(pictures, stage.global_batch) if pictures else None,
         parameters=parameters,
         weights_mb=weights / 1e6,
         memory_per_worker_gib=memory_per_worker(stage, table, weights, trained, workers) / 2**30,
         checkpoints_gib=room_for_checkpoints(stage, parameters, trained // FLOAT_BYTES) / 2**30,
         gflop_per_picture=flop / 1e9,
-        max_pflop=flop * pictures * stage.max_epochs / 1e15 if pictures else None,
-        traffic_per_iteration_mb=2 * (workers - 1) / workers * trained / 1e6,   # ring all-reduce
+        max_pflop=flop * pictures * max(epochs, 1) / 1e15 if pictures else None,
+        traffic_per_iteration_mb=0.0 if logistic else 2 * (workers - 1) / workers * trained / 1e6,   # ring all-reduce
         mean=stage.mean,
         layers=layers,
     )
@@ -200,6 +204,9 @@ def stage_plan(
 def memory_per_worker(stage: Stage, table: Sequence[LayerRow], weights: int, trained: int, workers: int) -> float:
     """Bytes: weights; gradients (DDP's buckets are views of them) and moments of those that are trained; what forward
     keeps, and two gradients in flight."""
+    if stage.fit == "logistic":
+        pixels = max(BATCH_PIXELS["cpu"], max(stage.default_test_scales) ** 2) / stage.crop**2
+        return weights + pixels * 2 * max(math.prod(row.output) for row in table) * activation_bytes(stage)
     batch = largest_share(stage.global_batch, workers)
     if stage.micro_batch:
         batch = min(batch, stage.micro_batch)
@@ -334,8 +341,8 @@ def stage_cells(stage: StagePlan) -> tuple[str, ...]:
         stage.net,
         str(low) if low == high else f"{low}-{high}",
         stage.init_from or "random",
-        f"{stage.max_epochs:,}",
-        "?" if stage.max_iterations is None else f"{stage.max_iterations:,}",
+        f"{stage.max_epochs:,}" if stage.max_epochs else "logistic fit",
+        "-" if not stage.max_epochs else "?" if stage.max_iterations is None else f"{stage.max_iterations:,}",
         "?" if stage.max_pflop is None else number(stage.max_pflop),
         f"{stage.status}: {stage.reason}",
     )

@@ -73,6 +73,68 @@ class StageLine:
         return f"{name} {', '.join(rest)}"
 
 
+class FitLine:
+    """A logistic stage's features, and then its penalties; it has what StageLine shows, in the same cells."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Nothing is known yet."""
+        self.stage = stage
+        self.seen: list[tuple[float, int]] = []
+        self.split, self.done, self.total = "", 0, 0
+        self.last: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
+        self.told: set[str] = set()       # splits whose features are computed, and said to be
+
+    def take(self, rows: list[dict[str, Any]]) -> list[int]:
+        """Takes new rows and gives the penalties among them, by their numbers."""
+        for row in rows:
+            self.last = row
+            if not self.best or row["val_loss"] < self.best["val_loss"]:
+                self.best = row
+        return []
+
+    def features(self, split: str, done: int, total: int) -> bool:
+        """How far the features of a split are; whether they are newly complete."""
+        if (split, total) != (self.split, self.total):
+            self.seen = []
+        if done != self.done or not self.seen:
+            now = time.monotonic()
+            recent = [(at, count) for at, count in self.seen if now - at < SPEED_WINDOW_S]
+            self.seen = [*recent, (now, done)]
+        self.split, self.done, self.total = split, done, total
+        if done == total and split not in self.told:
+            self.told.add(split)
+            return True
+        return False
+
+    def pictures_per_second(self) -> float | None:
+        """Over the last seconds; None until there is something to measure."""
+        (began, first), (now, last) = (self.seen[0], self.seen[-1]) if self.seen else ((0.0, 0), (0.0, 0))
+        return (last - first) / (now - began) if now - began > 0.5 and last > first else None
+
+    def cells(self, *, moving: bool) -> dict[str, str]:
+        """What is known of the stage, "" where it is not yet."""
+        computing = moving and not self.last and self.done < self.total
+        speed, shown = self.pictures_per_second() if computing else None, self.last if moving else self.best
+        place = f"features of {self.split} {self.done:,}/{self.total:,}" if computing or not self.last else ""
+        if self.last:
+            place = f"C {shown['C']:g}"
+        return {
+            "stage": f"{self.stage.name}:",
+            "epoch": place,
+            "speed": f"{speed:,.1f} images/s" if speed else "",
+            "loss": f"loss {shown['train_loss']:.4f}" if shown else "",
+            "val": f"val {shown['val_top1_accuracy']:.4f}" if shown else "",
+            "rate": f"val loss {shown['val_loss']:.4f}" if shown else "",
+            "left": f"{duration((self.total - self.done) / speed)} left" if speed else "",
+        }
+
+    def text(self) -> str:
+        """The stage's state in one line."""
+        name, *rest = (words for words in self.cells(moving=False).values() if words)
+        return f"{name} {', '.join(rest)}"
+
+
 class Progress(Listener):
     """Shows the stages that run, one or several at once."""
 
@@ -80,7 +142,7 @@ class Progress(Listener):
         """pictures: training pictures an epoch; stages: how many the schedule has."""
         self.console, self.pictures, self.stages = console, pictures, stages
         self.number = 0
-        self.lines: dict[str, StageLine] = {}      # of the stages that run, by key
+        self.lines: dict[str, StageLine | FitLine] = {}      # of the stages that run, by key
         self.live: Live | None = None
 
     def stage_begins(self, stage: Stage, key: str, *, done: bool) -> None:
@@ -92,8 +154,10 @@ class Progress(Listener):
             return
         low, high = stage.scale
         scale = f"S={low}" if low == high else f"S in [{low}, {high}]"
+        if stage.fit == "logistic":
+            scale = f"logistic fit at Q={', '.join(map(str, stage.default_test_scales))}"
         self.say(f"{place}: net {stage.net}, {scale}, from {stage.init_from or 'random weights'} ({key})")
-        self.lines[key] = StageLine(stage, self.pictures)
+        self.lines[key] = FitLine(stage) if stage.fit == "logistic" else StageLine(stage, self.pictures)
         if self.console.is_terminal and self.live is None:
             self.live = Live(console=self.console, transient=True, refresh_per_second=4)
             self.live.start()
@@ -103,6 +167,13 @@ class Progress(Listener):
         line = self.lines[key]
         if line.take(rows) and self.live is None:
             self.say(line.text())
+        self.show()
+
+    def features(self, stage: Stage, key: str, split: str, done: int, total: int) -> None:
+        """How far a logistic stage's features are; a line where those of a split are complete."""
+        line = self.lines[key]
+        if isinstance(line, FitLine) and line.features(split, done, total) and self.live is None:
+            self.say(f"{stage.name}: features of {split}: {total:,} pictures computed")
         self.show()
 
     def show(self) -> None:

@@ -88,6 +88,17 @@ class StageView:
         """The stage's name in the recipe."""
         return str(self.entry["name"])
 
+    @property
+    def logistic(self) -> bool:
+        """Whether its last layer alone was fitted: it has penalties, no epochs."""
+        return bool(self.result.get("fit") == "logistic")
+
+    @property
+    def scale(self) -> str:
+        """The shorter sides that it saw, pixels."""
+        given = self.entry.get("test_scales")
+        return ", ".join(map(str, given)) if given else scale_text(self.entry["scale"])
+
 
 def write_report(store: Path, schedule_key: str | None, out: Path | None = None) -> Path:
     """Writes the page about a schedule of `store` to the file `out`, whole or not at all, and returns its path.
@@ -205,7 +216,7 @@ def stage_view(store: Path, schedule: Mapping[str, Any], place: int, manifest: M
     history = read_history(folder / "history.jsonl")
     epochs = [row for row in history if "epoch" in row]
     keys = {other["name"]: other["key"] for other in schedule["stages"]}
-    status = "finished" if result else begun_text(len(epochs)) if history else "not begun"
+    status = "finished" if result else begun_text(history) if history else "not begun"
     view = StageView(
         place=place + 1,
         entry=entry,
@@ -215,7 +226,7 @@ def stage_view(store: Path, schedule: Mapping[str, Any], place: int, manifest: M
         result=result,
     )
     if history:
-        words = curves_in_words(epochs)
+        words = penalties_in_words(history) if any("C" in row for row in history) else curves_in_words(epochs)
         label = html.escape(f"Learning curves of {name}. {words}")
         drawing = charts.svg(charts.draw_learning_curves(history), name=f"curves-{place + 1}", label=label)
         view = replace(view, curves=Markup(drawing), curves_in_words=words)
@@ -231,8 +242,12 @@ def stage_view(store: Path, schedule: Mapping[str, Any], place: int, manifest: M
     return replace(view, missing=tuple(missing))
 
 
-def begun_text(epochs: int) -> str:
+def begun_text(history: Sequence[Mapping[str, Any]]) -> str:
     """The status of a stage that has begun and has no result."""
+    penalties = sum("C" in row for row in history)
+    if penalties:
+        return f"not finished: {penalties} of the penalties so far"
+    epochs = sum("epoch" in row for row in history)
     return f"not finished: {epochs} epoch{'' if epochs == 1 else 's'} so far"
 
 
@@ -326,6 +341,18 @@ def thumbnail(path: Path, content: str | None) -> tuple[str, str]:
     small.save(out, format="JPEG", quality=82)
     changed = content is not None and hashlib.blake2b(encoded, digest_size=16).hexdigest() != content
     return charts.data_uri(out.getvalue(), "image/jpeg"), "the file has changed since it was scanned" if changed else ""
+
+
+def penalties_in_words(history: Sequence[Mapping[str, Any]]) -> str:
+    """What a logistic fit's figure shows, for those who cannot see it."""
+    rows = [row for row in history if charts.finite(row, "C") and charts.finite(row, "val_loss")]
+    best = min(rows, key=lambda row: (row["val_loss"], row["C"]))
+    least, most = min(row["C"] for row in rows), max(row["C"] for row in rows)
+    reached = f"top-1 on val {percent(best['val_top1_accuracy'])} and loss on train {best['train_loss']:.3f}"
+    return (
+        f"{len(rows)} penalties, C from {least:g} to {most:g}; the least loss on val, {best['val_loss']:.3f}, is at"
+        f" C = {best['C']:g}, with {reached}."
+    )
 
 
 def curves_in_words(epochs: Sequence[Mapping[str, Any]]) -> str:

@@ -71,6 +71,7 @@ def stage_status(store: Store, entry: dict[str, Any]) -> StageStatus:
     state = FINISHED if result is not None else RUNNING if held else FAILED if error else STOPPED if rows else TO_DO
     last = epochs[-1] if epochs else {}
     seconds = last.get("seconds", 0.0) - (epochs[-2]["seconds"] if len(epochs) > 1 else 0.0)
+    logistic = about is not None and about["stage"].get("fit") == "logistic"      # it has penalties, no epochs
     starts = read_starts(folder / "starts.jsonl")
     at = news_at(store, key)
     speed = None
@@ -83,10 +84,10 @@ def stage_status(store: Store, entry: dict[str, Any]) -> StageStatus:
         state=state,
         by=holder(store, lock) if held else None,
         epoch=last.get("epoch", 0),
-        max_epochs=about["stage"]["max_epochs"] if about else None,
+        max_epochs=about["stage"]["max_epochs"] if about and not logistic else None,
         iteration=rows[-1]["iteration"] if rows else 0,
         train_loss=rows[-1].get("train_loss") if rows else None,
-        val_top1_accuracy=last.get("val_top1_accuracy"),
+        val_top1_accuracy=(result or {}).get("val_top1_accuracy") if logistic else last.get("val_top1_accuracy"),
         learning_rate=last.get("learning_rate"),
         images_per_second=speed,
         seconds_since_news=None if at is None else max(0.0, time.time() - at),

@@ -16,7 +16,7 @@ from vggcore.schedule import resolve_stages
 
 WARM = "-warm"            # ends the name of a stage that starts from a champion
 SLOWER = 0.1              # learning rate against the stage's own: Sec. 3.1 takes 1e-3 in place of 1e-2 on trained weights
-SAME = ("net", "head", "width", "crop", "standardise")      # what a champion and the recipe's stage must have in common
+SAME = ("net", "head", "features", "width", "crop", "standardise")     # what a champion and the stage must have in common
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def choose_beginning(
         return whole(f"the recipe has no stage {stage_name!r}, which {name}, the champion, comes from")
     settings = stage.model_dump(mode="json")
     for field in SAME:
-        if about["stage"][field] != settings[field]:
-            return whole(f"{field} is {settings[field]!r}, but {about['stage'][field]!r} in {name}, the champion")
+        before = about["stage"].get(field)      # stages of before linear heads have no features
+        if before != settings[field]:
+            return whole(f"{field} is {settings[field]!r}, but {before!r} in {name}, the champion")
     return Beginning(True, f"from {name}, the champion", str(champion.version), stage_name, key, wanted=True)
 
 
@@ -76,20 +77,20 @@ def warm_recipe(
 ) -> tuple[Recipe, str]:
     """The recipe of one stage that goes on from the champion's weights, and its text: all that is needed to run it again.
 
-    learning_rate: None: a tenth of the stage's own.
+    learning_rate: None: a tenth of the stage's own. A logistic stage is fitted again on the champion's convs: it has no rate.
     """
     own = next(stage for stage in resolve_stages(recipe) if stage.name == beginning.stage)
     table = next(table for table in recipe.stages if table.name == beginning.stage)
-    warm = StageTable(
-        **table.model_dump(exclude={"name", "init_from", "learning_rate"}, exclude_unset=True),
-        name=f"{table.name}{WARM}",
-        init_from=f"stage:{beginning.stage_key}",
-        learning_rate=learning_rate or float(f"{SLOWER * own.learning_rate:.6g}"),
-    )
+    slower = learning_rate or float(f"{SLOWER * own.learning_rate:.6g}")
+    settings = table.model_dump(exclude={"learning_rate"}, exclude_unset=True)
+    settings |= {"name": f"{table.name}{WARM}", "init_from": f"stage:{beginning.stage_key}"}
+    warm = StageTable(**settings if own.fit == "logistic" else settings | {"learning_rate": slower})
     tables = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
     tables.pop("schedule", None)
     for name, key in (("evaluate", "stages"), ("register", "stage")):      # there is one stage: it is meant
         tables.get(name, {}).pop(key, None)
+    if own.fit == "logistic":                                              # which has one set of weights
+        tables.get("register", {}).pop("weights", None)
     for name in ("net", "augment", "train"):                               # what the others alone used
         for key in without_effect(recipe, table.name) & set(tables.get(name, {})):
             del tables[name][key]

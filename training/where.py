@@ -53,9 +53,9 @@ class Where:
 
 def check_where(where: Where, stages: Sequence[Stage]) -> None:
     """RecipeError or DeviceError for what cannot work, before anything starts."""
-    batch = min(stage.global_batch for stage in stages)
+    batch = min((stage.global_batch for stage in stages if stage.fit == "sgd"), default=None)
     workers = workers_text(where.workers)
-    if most(where.workers) > batch:
+    if batch is not None and most(where.workers) > batch:
         raise RecipeError(
             f"--workers {workers} is more than global_batch {batch}: a worker would have no picture; use at most"
             f" {batch} workers, or a larger batch"
