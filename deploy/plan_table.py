@@ -328,7 +328,7 @@ def origin_line(stage: StagePlan) -> str:
     source = next(origin.source for origin in stage.layers if origin.source)
     if not random:
         taken = ["all layers"]
-    rest = f"; random: {', '.join(random)}" if random else ""
+    rest = f"; {'random' if stage.max_epochs else 'fitted'}: {', '.join(random)}" if random else ""
     mean = ", with its mean" if stage.mean == "weights" else ""
     return f"  {stage.name}: {', '.join(taken)} from {source}{mean}{rest}"
 

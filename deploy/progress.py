@@ -95,17 +95,19 @@ class FitLine:
 
     def features(self, split: str, done: int, total: int) -> bool:
         """How far the features of a split are; whether they are newly complete."""
-        if (split, total) != (self.split, self.total):
+        if split in self.told:
+            return False
+        if split != self.split:
             self.seen = []
         if done != self.done or not self.seen:
             now = time.monotonic()
             recent = [(at, count) for at, count in self.seen if now - at < SPEED_WINDOW_S]
             self.seen = [*recent, (now, done)]
         self.split, self.done, self.total = split, done, total
-        if done == total and split not in self.told:
-            self.told.add(split)
-            return True
-        return False
+        if done < total:
+            return False
+        self.told.add(split)
+        return True
 
     def pictures_per_second(self) -> float | None:
         """Over the last seconds; None until there is something to measure."""
@@ -211,6 +213,8 @@ class Progress(Listener):
             if not self.lines:
                 self.live.stop()
                 self.live = None
+        elif isinstance(line, FitLine) and line.best:
+            self.say(line.text())
         self.say(f"{stage.name}: {ENDS[status]}")
 
     def say(self, words: str) -> None:

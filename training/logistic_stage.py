@@ -55,7 +55,7 @@ class LogisticThread(threading.Thread):
         super().__init__(name=FIT + job.stage.name, daemon=True)
         self.job, self.manifest, self.where = job, manifest, where
         self.error: BaseException | None = None
-        self.features: tuple[str, int, int] | None = None      # a split, pictures computed, pictures to compute
+        self.features: dict[str, tuple[int, int]] = {}      # by split: pictures computed, pictures to compute
 
     def run(self) -> None:
         """Fits the stage to its end, or to a stop request."""
@@ -71,7 +71,7 @@ class LogisticThread(threading.Thread):
 
     def show(self, split: str, done: int, total: int) -> None:
         """How far the features are."""
-        self.features = (split, done, total)
+        self.features[split] = (done, total)
 
     def problem(self) -> BaseException | None:
         """What ended it badly."""

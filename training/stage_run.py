@@ -134,8 +134,9 @@ class StageRun:
             if notice["fence"] == self.fence:
                 self.log.warning("Ray says that a node will be taken away; checkpoint at iteration %d", notice["iteration"])
                 self.listener.node_leaves(self.stage, self.key, notice["iteration"], notice["every_s"])
-        if isinstance(self.fit, LogisticThread) and self.fit.features is not None:
-            self.listener.features(self.stage, self.key, *self.fit.features)
+        if isinstance(self.fit, LogisticThread):
+            for split, (done, total) in list(self.fit.features.items()):
+                self.listener.features(self.stage, self.key, split, done, total)
         self.listener.rows(self.stage, self.key, self.tail.new_rows())
         return over
 
