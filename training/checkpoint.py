@@ -109,6 +109,8 @@ def room_for_checkpoints(stage: Stage, parameters: int, trained: int) -> int:
 
     parameters: of the net; trained: those that are not frozen.
     """
+    if stage.fit == "logistic":      # one, of weights alone, and the one that a killed start has left
+        return 2 * FLOAT_BYTES * parameters
     one = FLOAT_BYTES * (parameters + moments(stage) * trained) + SUM_BYTES * most_sums(stage) * parameters
     return (KEPT + 2) * one
 
