@@ -149,6 +149,7 @@ class Tracker(Listener):
                 "vggrow.kind": "stage",
                 "mlflow.parentRunId": self.parent_run_id,
                 "vggrow.init_from": stage.init_from or "random weights",
+                **({"vggrow.weights_digest": stage.weights_digest} if stage.weights_digest else {}),
                 "vggrow.machine": platform.node(),
             }
             run_id = str(self.client.create_run(self.experiment_id, run_name=stage.name, tags=tags).info.run_id)
