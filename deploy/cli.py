@@ -262,6 +262,11 @@ def command_name() -> str:
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
 @click.option("--protocol", type=click.Choice(["centre", "dense"]), help="[default: the model's own]")
 @click.option("--scales", metavar="Q,Q,...", help="Test scales, pixels of the shorter side.  [default: the model's own]")
+@click.option(
+    "--views",
+    type=click.Choice(["none", "flips", "turns"]),
+    help="Average posteriors over mirrored views, or over turned ones too.  [default: the model's own]",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @store_option
 @tracking_option
@@ -272,6 +277,7 @@ def evaluate(
     split: str,
     protocol: Literal["centre", "dense"] | None,
     scales: str | None,
+    views: Literal["none", "flips", "turns"] | None,
     device: str,
     store: str,
     tracking: str | None,
@@ -284,7 +290,7 @@ def evaluate(
     \b
     Examples:
         vggrow evaluate models:/elpv@champion
-        vggrow evaluate D-72 --protocol centre --scales 72
+        vggrow evaluate D-72 --protocol centre --scales 72 --views flips
     """
     test_scales, opened = parse_scales(scales), reading(store, tracking)
     uri = tracking_of(model, tracking, opened.root)
@@ -296,6 +302,7 @@ def evaluate(
         split=split,
         protocol=protocol,
         scales=test_scales,
+        views=views,
         device=device,
         store=opened,
         tracking=uri,

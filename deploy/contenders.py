@@ -203,7 +203,7 @@ def identity_of(opened: Any) -> str:
 
 def decision_id(gate: GateList, new: str, old: str, challenger: Score, rules: GateRules) -> str:
     """32 hex characters for a question to the gate: asked again it is the same question, and no other use of the list."""
-    protocol = [challenger.protocol, list(challenger.scales)]
+    protocol = [challenger.protocol, list(challenger.scales), *([challenger.views] if challenger.views != "none" else [])]
     return digest([gate.digest, new, old, protocol, asdict(rules)], hex_characters=32)
 
 

@@ -78,6 +78,7 @@ class Score:
     scales: tuple[int, ...]
     size_mib: float
     latency_ms: float | None
+    views: str = "none"            # over which its posteriors are averaged besides: its own, as it is served
 
     def __post_init__(self) -> None:
         pictures = len(self.contents)
@@ -232,10 +233,12 @@ def same_pictures(challenger: Score, champion: Score) -> Check:
 
 def same_protocol(challenger: Score, champion: Score) -> Check:
     """Whether both were scored in the same way; linear heads, which have a protocol of their own, and what stands beside them
-    are scored as they are served.
+    are scored as they are served. The views that each averages over are its own.
     """
     new, old = (f"{score.protocol} at {', '.join(map(str, score.scales))}" for score in (challenger, champion))
     found = f"both by {new}" if new == old else f"the challenger was scored by {new}, the champion by {old}"
+    if challenger.views != champion.views:
+        found += f" (views: challenger {challenger.views}, champion {champion.views})"
     linear = "pooled" in (challenger.protocol, champion.protocol)
     return Check("protocol", new == old or linear, found, "the same protocol and test scales: score the champion again")
 

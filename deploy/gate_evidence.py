@@ -23,6 +23,7 @@ from vggcore.digest import digest
 from vggcore.errors import DatasetError
 from vggcore.recipe import GATE
 from vggcore.schedule import Stage
+from vggcore.view_average import effective_views
 from vggcore.whole_file import whole_file, write_json, write_text
 
 LATENCY_PICTURES = 3   # one by one, as they are served; the median counts
@@ -201,9 +202,12 @@ def score(
     """What an opened model (deploy.predict.Predictor) says of the list's pictures, through DALI as in training.
 
     Kept beside the list under identity, protocol and scales, and read from there the next time; a renewed list is another
-    folder, so that everything is scored again. keep: False for a dry run, which writes nothing.
+    folder, so that everything is scored again. The views it averages over are its own, as it is served. keep: False for a
+    dry run, which writes nothing.
     """
     question = {"model": identity, "protocol": protocol, "scales": list(scales), "classes": list(opened.classes)}
+    views = opened.description["protocol"].get("views", "none")
+    question |= {"views": views} if views != "none" else {}
     folder = gate.folder / "scores" / digest(question, hex_characters=16)
     known = read_json(folder / "score.json")
     if known is not None:
@@ -236,6 +240,7 @@ def score_of(model: str, pictures: Pictures, posteriors: NDArray[np.float32], fa
         scales=tuple(facts["scales"]),
         size_mib=facts["size_mib"],
         latency_ms=facts["latency_ms"],
+        views=facts.get("views", "none"),
     )
 
 
@@ -253,6 +258,7 @@ def posteriors_of(opened: Any, pictures: Pictures, protocol: str, scales: Sequen
         classes=len(opened.classes),
         protocol=protocol,   # type: ignore[arg-type]   # a Protocol: model.json's, checked when it was packaged
         scales=scales,
+        views=effective_views(opened.description["protocol"].get("views", "none"), protocol, stage_of(opened)),
         device="cpu",
         threads=cores(),
     )

@@ -14,8 +14,9 @@ from training.evaluate import default_scales, evaluate_weights, figures
 from training.store import Store
 from training.where import cores
 from vggcore.errors import DatasetError, DeviceError, RecipeError
-from vggcore.recipe import Data, Protocol, load_recipe
+from vggcore.recipe import Data, Protocol, TestViews, load_recipe
 from vggcore.schedule import Stage
+from vggcore.view_average import effective_views
 
 
 def judge(
@@ -25,6 +26,7 @@ def judge(
     split: str,
     protocol: Protocol | None,
     scales: Sequence[int] | None,
+    views: TestViews | None = None,
     device: str,
     store: Store,
     tracking: str,
@@ -39,9 +41,10 @@ def judge(
     stage = Stage.model_validate_json(json.dumps(described["stage"]))
     chosen = protocol or described["protocol"]["name"]
     if stage.head == "linear":
-        check_own_protocol(model, stage, protocol, scales)
+        check_own_protocol(model, stage, protocol, scales, views)
     if scales is None:
         scales = described["protocol"]["scales"] if protocol is None else default_scales(stage, chosen)
+    chosen_views = views_for(stage, chosen, views, described["protocol"].get("views", "none"))
     for scale in scales if stage.head != "linear" else ():
         if scale < stage.crop:
             raise RecipeError(f"--scales: {scale} is below the model's crop, {stage.crop}; a net needs its crop at least")
@@ -62,6 +65,7 @@ def judge(
         classes=len(predictor.classes),
         protocol=chosen,
         scales=scales,
+        views=chosen_views,
         device=device,
         threads=cores(),
     )
@@ -73,21 +77,35 @@ def judge(
         "split": split,
         "protocol": chosen,
         "scales": list(scales),
+        **({"views": chosen_views} if chosen_views != "none" else {}),
         **figures(posteriors, pictures.labels, len(predictor.classes)),
         "classes": list(predictor.classes),
         "seconds": round(time.monotonic() - began, 3),
     }
 
 
-def check_own_protocol(model: str, stage: Stage, protocol: Protocol | None, scales: Sequence[int] | None) -> None:
+def check_own_protocol(
+    model: str, stage: Stage, protocol: Protocol | None, scales: Sequence[int] | None, views: TestViews | None
+) -> None:
     """RecipeError for options that a linear head has no use for: it is fitted to whole pictures at its own scales."""
-    given = "--protocol" if protocol is not None else "--scales" if scales is not None else None
+    options = {"--protocol": protocol, "--scales": scales, "--views": views}
+    given = next((name for name, value in options.items() if value is not None), None)
     if given is not None:
         own = ", ".join(map(str, stage.default_test_scales))
         raise RecipeError(
             f"{given} has no effect on {model}: a linear head sees whole pictures at Q = {own}, which it was fitted to; leave"
             f" {given} out"
         )
+
+
+def views_for(stage: Stage, protocol: Protocol, asked: TestViews | None, own: TestViews) -> TestViews:
+    """The views to average over, those asked for or else the model's own. Raises RecipeError for views that mislead it."""
+    if asked == "turns" and not stage.quarter_turns:
+        raise RecipeError(
+            "--views turns: the model was not trained on turned pictures, and turning them would mislead it; leave --views"
+            " out, or give flips"
+        )
+    return effective_views(asked or own, protocol, stage)
 
 
 def pictures_for(predictor: Predictor, source: Path | None, store: Store) -> Manifest:
@@ -117,9 +135,10 @@ def evaluation_text(found: dict[str, Any]) -> str:
     """The figures for people."""
     classes, confusion = found["classes"], found["confusion"]
     scales = ", ".join(map(str, found["scales"]))
+    views = f", {found['views']}" if "views" in found else ""
     lines = [
         f"{found['model']} (net {found['net']}) on {found['split']} of {found['root']}: {found['pictures']:,} pictures",
-        f"protocol           {found['protocol']}, Q = {scales}",
+        f"protocol           {found['protocol']}, Q = {scales}{views}",
         f"top-1 accuracy     {100 * found['top1_accuracy']:.2f} %",
     ]
     if "top5_accuracy" in found:

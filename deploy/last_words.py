@@ -21,6 +21,7 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
     evaluations = {name: found.facts for name, found in line.evaluations.items()}
     facts = line.evaluations[line.registered_stage].facts
     scales = ", ".join(map(str, facts["scales"]))
+    views = f", {facts['views']}" if "views" in facts else ""
     if line.tracking.startswith(SQLITE):
         database = SQLITE + from_here(Path(line.tracking.removeprefix(SQLITE)))
         page = f"{command.replace('vggrow', 'mlflow')} server --backend-store-uri {database} --port 5000"
@@ -30,7 +31,7 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
     address += f"/#/experiments/{line.experiment_id}?workflowType=machine_learning"
     elsewhere = "" if store == DEFAULT_STORE else f" --store {store}"
     parts = [
-        f"Test split, {facts['pictures']} pictures, {facts['protocol']}, Q = {scales} for {line.registered_stage}:",
+        f"Test split, {facts['pictures']} pictures, {facts['protocol']}, Q = {scales}{views} for {line.registered_stage}:",
         "",
         result_table(result_rows(evaluations, yardsticks, line.measured), net=line.registered_stage),
         "",

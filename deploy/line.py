@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deploy.package import log_package, write_package
-from deploy.registry import Registered, register_candidate
+from deploy.registry import WEIGHTS_DIGEST_TAG, WEIGHTS_TAG, Registered, register_candidate
 from deploy.scans import scan_data
 from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
 from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
@@ -24,7 +24,7 @@ from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
 from training.listener import Listener
 from training.losses import check_class_weights
-from training.parents import check_parents, is_done, recorded_colour, result_weights, settle
+from training.parents import check_parents, is_done, recorded_colour, result_entry, result_weights, settle, weights_digest
 from training.ray_address import check_address
 from training.run import train_schedule
 from training.stage_job import view_rule
@@ -34,8 +34,9 @@ from training.system_metrics import sampling_interval_s
 from training.track import Tracker, open_tracker
 from training.where import Where, check_where, cores
 from vggcore.errors import TrackingError
-from vggcore.recipe import BEST_ON_VAL, Recipe
+from vggcore.recipe import BEST_ON_VAL, Recipe, ResultWeights
 from vggcore.schedule import Stage, evaluated_stages, parent_key, resolve_stages, schedule_key, stage_keys
+from vggcore.view_average import effective_views
 from vggcore.weights import load_weights
 from vggcore.whole_file import write_json, write_text
 
@@ -293,15 +294,20 @@ def evaluate_all(
             tracker.log_bytes(run, sheet, "training_views.png", store.scratch)
         if stage.name not in wanted:
             continue
-        say(f"{stage.name}: evaluating on test, {'pooled' if stage.head == 'linear' else recipe.evaluate.protocol}")
+        protocol = "pooled" if stage.head == "linear" else recipe.evaluate.protocol
+        which, views = weights_of(recipe, stage), effective_views(recipe.evaluate.views, protocol, stage)
+        more = ([views] if views != "none" else []) + ([f"weights {which}"] if which != "last" else [])
+        say(f"{stage.name}: evaluating on test, {', '.join([protocol, *more])}")
         evaluation = evaluate_stage(
             store,
             stage,
             key,
-            result_weights(store, key),
+            result_weights(store, key, which),
             manifest,
             protocol=recipe.evaluate.protocol,
             scales=recipe.evaluate.scales,
+            views=views,
+            weights_digest=weights_digest(store, key, which) if which != "last" else None,
             device=where.device_here,
             threads=cores(),
             cache=cache,
@@ -310,6 +316,8 @@ def evaluate_all(
         names = ("top1_accuracy", "top5_accuracy", "balanced_accuracy", "auc", "loss")
         figures = {f"test_{name}": evaluation.facts[name] for name in names if evaluation.facts.get(name) is not None}
         tracker.log_results(run, figures, [(evaluation.folder / "posteriors.parquet", "test")])
+        told = {"protocol": evaluation.facts["protocol"], "views": evaluation.facts.get("views", "none"), "weights": which}
+        tracker.tag(run, {f"vggrow.{name}": value for name, value in told.items()})
         confusion = charts.confusion_figure(np.array(evaluation.facts["confusion"]), manifest.classes)
         tracker.log_bytes(run, confusion, "test/confusion.png", store.scratch)
     return found
@@ -345,14 +353,34 @@ def batch_titles(batch: Batch, classes: Sequence[str]) -> list[str]:
     return [f"{100 * mix:.0f} % {one} + {other}" for mix, one, other in zip(batch.mix.tolist(), titles, others, strict=True)]
 
 
+def weights_of(recipe: Recipe, stage: Stage) -> ResultWeights:
+    """Which of a stage's weights are measured and registered: those that the recipe asks for, where the stage has them."""
+    which = recipe.register_.weights
+    absent = stage.fit == "logistic" or (which == "average" and not stage.average)
+    return "last" if absent else which
+
+
+def more_tags(which: ResultWeights, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a run or version for weights and views that are not the usual ones."""
+    views = {"vggrow.views": str(facts["views"])} if "views" in facts else {}
+    return views | ({WEIGHTS_TAG: which, WEIGHTS_DIGEST_TAG: str(facts["weights"])} if which != "last" else {})
+
+
 def registered_stage(recipe: Recipe, stages: Sequence[Stage], keys: dict[str, str], store: Store) -> Stage:
     """The stage whose result becomes a candidate; "best on val": of equal ones the later."""
     wanted = recipe.register_.stage or stages[-1].name
     if wanted != BEST_ON_VAL:
         return next(stage for stage in stages if stage.name == wanted)
-    results = [read_json(store.stage(keys[stage.name]) / "result.json") for stage in stages]
-    best = max(range(len(stages)), key=lambda place: (results[place]["val_top1_accuracy"], place))
+    reached = [val_top1(store, keys[stage.name], weights_of(recipe, stage)) for stage in stages]
+    best = max(range(len(stages)), key=lambda place: (reached[place], place))
     return stages[best]
+
+
+def val_top1(store: Store, key: str, which: ResultWeights) -> float:
+    """Top-1 accuracy (0..1) on val of some of a finished stage's weights."""
+    if which == "last":
+        return float(read_json(store.stage(key) / "result.json")["val_top1_accuracy"])
+    return float(result_entry(store, key, which)["val_top1_accuracy"])
 
 
 def register(
@@ -368,7 +396,7 @@ def register(
     """Packages a stage's weights, logs them on its run, and registers the version; again is harmless."""
     key = keys[stage.name]
     run = tracker.runs[key].run_id
-    facts = evaluation.facts
+    facts, which = evaluation.facts, weights_of(recipe, stage)
     lineage = {
         "recipe": recipe.name,
         "stage": stage.name,
@@ -376,16 +404,18 @@ def register(
         "parent_key": parent_key(stage, keys),
         "fingerprint": manifest.fingerprint,
         "run_id": run,
+        **({"weights": which, "weights_digest": facts["weights"]} if which != "last" else {}),
     }
     folder = store.root / "packages" / key
     write_package(
         folder,
-        state=load_weights(result_weights(store, key)),
+        state=load_weights(result_weights(store, key, which)),
         settings=stage.model_dump(mode="json"),
         classes=manifest.classes,
         colour=recorded_colour(store, key),
         protocol=facts["protocol"],
         scales=facts["scales"],
+        views=facts.get("views", "none"),
         lineage=lineage,
     )
     model_uri = log_package(tracking=uri, run_id=run, folder=folder)
@@ -397,6 +427,7 @@ def register(
         "vggrow.test_top1_accuracy": f"{facts['top1_accuracy']:.6f}",
         "vggrow.test_balanced_accuracy": f"{facts['balanced_accuracy']:.6f}",
         "vggrow.protocol": facts["protocol"],
+        **more_tags(which, facts),
     }
     return register_candidate(
         tracker.client,

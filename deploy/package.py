@@ -26,7 +26,9 @@ from deploy.tracking_address import using_tracking
 from pipelines.colour import Colour
 from vggcore.errors import RegistryError, StoreError
 from vggcore.nets import Vgg, net_modules
-from vggcore.recipe import Features, TestProtocol
+from vggcore.recipe import Features, TestProtocol, TestViews
+from vggcore.schedule import Stage
+from vggcore.view_average import effective_views, turned_views
 from vggcore.weights import save_weights
 from vggcore.whole_file import write_json, write_text
 
@@ -69,16 +71,18 @@ def write_package(
     colour: Colour,
     protocol: TestProtocol,
     scales: Sequence[int],
+    views: TestViews = "none",
     lineage: Mapping[str, Any],
 ) -> None:
     """Writes model.safetensors, model.json and served_model.py to `folder`, each whole or not at all.
 
     state: the weights under torchvision's names. settings: a resolved stage, as stage.json has it under "stage".
-    scales: test scales Q in pixels, none below the crop where the net has one. lineage: where the model comes from, JSON.
-    Raises StoreError where the weights are not those of the net that the settings describe.
+    scales: test scales Q in pixels, none below the crop where the net has one. views: over which posteriors are averaged.
+    lineage: where the model comes from, JSON. Raises StoreError where the weights are not those of the net that the settings
+    describe.
     """
     description = describe_model(
-        settings=settings, classes=classes, colour=colour, protocol=protocol, scales=scales, lineage=lineage
+        settings=settings, classes=classes, colour=colour, protocol=protocol, scales=scales, views=views, lineage=lineage
     )
     check_state(state, settings, classes)
     save_weights(dict(state), folder / WEIGHTS_FILE)
@@ -93,6 +97,7 @@ def describe_model(
     colour: Colour,
     protocol: TestProtocol,
     scales: Sequence[int],
+    views: TestViews = "none",
     lineage: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What model.json holds; the arguments are write_package's."""
@@ -110,11 +115,21 @@ def describe_model(
             "name": protocol,
             "scales": [int(scale) for scale in scales],
             **({"flip": bool(features["flip"])} if features else {}),
+            **described_views(views, protocol, settings),
         },
         "layers": flat_layers(settings, classes),
         "lineage": dict(lineage),
         "stage": dict(settings),
     }
+
+
+def described_views(views: TestViews, protocol: TestProtocol, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a protocol says of its views, their name and each one as [mirrored, quarter turns]; nothing where it adds none."""
+    stage = Stage.model_validate_json(json.dumps(settings))
+    views = effective_views(views, protocol, stage)
+    if views == "none":
+        return {}
+    return {"views": views, "turned": [list(one) for one in turned_views(views, protocol, stage)]}
 
 
 def empty_net(settings: Mapping[str, Any], classes: Sequence[str]) -> Vgg:

@@ -24,6 +24,7 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 STAGE_KEY_TAG = "vggrow.stage_key"
 DECISION_ID_TAG = "vggrow.decision_id"
 MODEL_ID_TAG = "vggrow.model_id"         # the logged model: the same weights under another test protocol are another one
+WEIGHTS_TAG, WEIGHTS_DIGEST_TAG = "vggrow.weights", "vggrow.weights_digest"      # of weights that are not the last ones
 TOP1_TAG = "vggrow.test_top1_accuracy"
 DECIDED_TAG = "vggrow.alias_decided"     # champion or challenger: once given, an alias is not given again to a version
 REASON_TAG = "vggrow.alias_reason"

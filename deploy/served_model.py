@@ -71,7 +71,8 @@ class VggModel(mlflow.pyfunc.PythonModel):
         """Posteriors (classes,) float32 of a picture (h, w, 3) uint8 by the protocol of model.json (Sec. 3.2).
 
         "centre": the middle crop at each test scale Q. "dense": the whole picture, averaged with its mirror image.
-        Soft-max posteriors are averaged over the test scales. "pooled": see pooled_posteriors.
+        Soft-max posteriors are averaged over the test scales, and over further mirrored and turned views where the protocol
+        lists them. "pooled": see pooled_posteriors.
         """
         protocol, layers = self.description["protocol"], self.description["layers"]
         if protocol["name"] == "pooled":
@@ -83,10 +84,9 @@ class VggModel(mlflow.pyfunc.PythonModel):
                 images = normalise(centre_crop(scaled, self.description["crop"]), self.description)
             else:
                 images = normalise(scaled, self.description)
-                images = torch.cat([images, images.flip(3)])   # (2, 3, h, w)
             with torch.inference_mode():
-                posteriors = run_layers(layers, self.weights, images).softmax(1)
-            total += posteriors.double().mean(0).numpy()
+                each = [run_layers(layers, self.weights, views).softmax(1) for views in turned_views(images, protocol)]
+            total += torch.cat(each).double().mean(0).numpy()
         return (total / len(protocol["scales"])).astype(np.float32)
 
     def pooled_posteriors(self, pixels: np.ndarray) -> np.ndarray:
@@ -108,6 +108,19 @@ class VggModel(mlflow.pyfunc.PythonModel):
     def rescaled(self, pixels: np.ndarray, scale: int) -> np.ndarray:
         """The whole picture at a test scale, as training saw it."""
         return rescale(pixels, scale, squeeze=self.description.get("view") == "whole")
+
+
+def turned_views(images: torch.Tensor, protocol: dict[str, Any]) -> list[torch.Tensor]:
+    """The views of a picture (1, 3, h, w) that a protocol asks for, in batches of one size: upright ones, then lying ones.
+
+    `turned` lists each as [mirrored, quarter turns]; without it "dense" has the picture and its mirror image, "centre" it
+    alone.
+    """
+    usual = [[False, 0], [True, 0]] if protocol["name"] == "dense" else [[False, 0]]
+    batches: list[list[torch.Tensor]] = [[], []]
+    for mirrored, turns in protocol.get("turned", usual):
+        batches[turns % 2].append(torch.rot90(images.flip(3) if mirrored else images, turns, (2, 3)))
+    return [torch.cat(batch) for batch in batches if batch]
 
 
 def run_layers(layers: list[dict[str, Any]], weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from vggcore.dense import dense_posteriors
 from vggcore.digest import digest
 from vggcore.metrics import balanced_accuracy, confusion_matrix, macro_auc, top_k_accuracy
 from vggcore.nets import FC_NAMES, Vgg, build_net
-from vggcore.recipe import TestProtocol
+from vggcore.recipe import TestProtocol, TestViews
 from vggcore.schedule import Stage
+from vggcore.view_average import Turned, effective_views, turn, turned_views
 from vggcore.weights import load_some, load_weights
 from vggcore.whole_file import whole_file, write_json
 
@@ -56,6 +58,8 @@ def evaluate_stage(
     *,
     protocol: TestProtocol,
     scales: Sequence[int] | None,
+    views: TestViews = "none",
+    weights_digest: str | None = None,
     split: str = "test",
     device: str = "cpu",
     threads: int = 1,
@@ -64,13 +68,17 @@ def evaluate_stage(
     """Evaluates a stage's weights, or reads what was found before: the same question is never computed twice.
 
     scales: test scales Q; None: one, at S or the middle of the range, for "centre", and those of Sec. 4.2 for "dense". A
-    linear head is evaluated as "pooled" at the scales of its own features, whatever is given. cache: of the manifest's
-    pictures, where there is one.
+    linear head is evaluated as "pooled" at the scales of its own features, whatever is given. views: over which posteriors
+    are averaged besides. weights_digest: of weights that are not the stage's last ones: they are a question of their own.
+    cache: of the manifest's pictures, where there is one.
     """
     if stage.head == "linear":
         protocol, scales = "pooled", stage.default_test_scales
     scales = tuple(scales) if scales is not None else default_scales(stage, protocol)
     question = {"protocol": protocol, "scales": list(scales), "split": split, "fingerprint": manifest.fingerprint}
+    views = effective_views(views, protocol, stage)
+    question |= {"views": views} if views != "none" else {}
+    question |= {"weights": weights_digest} if weights_digest is not None else {}
     folder = store.evaluation(key, digest(question, hex_characters=16))
     known = read_json(folder / "evaluation.json")
     if known is not None:
@@ -88,6 +96,7 @@ def evaluate_stage(
             classes=len(manifest.classes),
             protocol=protocol,
             scales=scales,
+            views=views,
             device=device,
             threads=threads,
             cache=cache,
@@ -134,6 +143,7 @@ def evaluate_weights(
     classes: int,
     protocol: TestProtocol,
     scales: Sequence[int],
+    views: TestViews = "none",
     device: str,
     threads: int,
     cache: DecodedCache | None = None,
@@ -150,7 +160,8 @@ def evaluate_weights(
         if protocol == "pooled":
             assert stage.features is not None, "only linear heads pool"
             return pooled_posteriors(net, loader, scales, len(pictures), flip=stage.features.flip)
-        return split_posteriors(net, loader, stage.crop, protocol, scales, len(pictures))
+        turned = turned_views(views, protocol, stage)
+        return split_posteriors(net, loader, stage.crop, protocol, scales, turned, len(pictures))
     finally:
         loader.close()
 
@@ -162,9 +173,15 @@ def default_scales(stage: Stage, protocol: TestProtocol) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def split_posteriors(
-    net: Vgg, loader: TestLoader, crop: int, protocol: TestProtocol, scales: Sequence[int], pictures: int
+    net: Vgg,
+    loader: TestLoader,
+    crop: int,
+    protocol: TestProtocol,
+    scales: Sequence[int],
+    turned: Sequence[Turned],
+    pictures: int,
 ) -> NDArray[np.float32]:
-    """(pictures, classes) soft-max posteriors, averaged over the test scales; dense: also over the flip (Sec. 3.2)."""
+    """(pictures, classes) soft-max posteriors, averaged over the test scales and views; dense: with the flip (Sec. 3.2)."""
     total: NDArray[np.float64] | None = None
     for scale in scales:
         if protocol == "centre":
@@ -172,15 +189,18 @@ def split_posteriors(
         else:
             views = loader.whole(scale, max(1, BATCH_PIXELS // (2 * scale**2)))
         for images, _, indices in views:
-            if protocol == "centre":
-                found = torch.softmax(net(images).float(), dim=1)
-            else:
-                found = (dense_posteriors(net, images) + dense_posteriors(net, images.flip(3))) / 2
+            each = (posteriors_of_views(net, turn(images, one), protocol) for one in turned)
+            found = reduce(torch.add, each) / len(turned)
             if total is None:
                 total = np.zeros((pictures, found.shape[1]))
             total[np.asarray(indices)] += found.double().cpu().numpy()
     assert total is not None, "an empty split is refused by the scan"
     return (total / len(scales)).astype(np.float32)
+
+
+def posteriors_of_views(net: Vgg, images: Tensor, protocol: TestProtocol) -> Tensor:
+    """(N, classes) soft-max posteriors of images as they are: crops, or whole pictures with FC layers run as convs."""
+    return torch.softmax(net(images).float(), dim=1) if protocol == "centre" else dense_posteriors(net, images)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ server that is down for a while costs delay and nothing else: no point is lost, 
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -169,6 +169,13 @@ class Tracker(Listener):
         self.insist(lambda: self.client.log_batch(run_id, metrics=fresh))
         for path, folder in files:
             self.insist(partial(self.client.log_artifact, run_id, str(path), folder))
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run, set anew where they differ."""
+        known = self.client.get_run(run_id).data.tags
+        for name, value in tags.items():
+            if known.get(name) != value:
+                self.insist(partial(self.client.set_tag, run_id, name, value))
 
     def log_bytes(self, run_id: str, content: bytes, name: str, scratch: Path) -> None:
         """An artifact from memory, such as a picture."""

@@ -273,6 +273,14 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     if register.stage not in (None, BEST_ON_VAL, *names):
         raise ValueError(f"[register] stage: no stage {register.stage!r}{nearest(str(register.stage), [*names, BEST_ON_VAL])}")
     chosen = names if register.stage == BEST_ON_VAL else [register.stage or names[-1]]
+    measured = [stages[name] for name in {*(evaluate.stages or names[-1:]), *chosen} if stages[name]["head"] != "linear"]
+    if evaluate.views != "none" and not measured:
+        raise ValueError(f'[evaluate] views = "{evaluate.views}" has no effect on linear heads; set features.flip instead')
+    if evaluate.views == "flips" and evaluate.protocol == "dense" and not any(one["flip_vertical"] for one in measured):
+        raise ValueError(
+            '[evaluate] views = "flips" has no effect with protocol = "dense", which averages with the mirror image, unless a'
+            " stage has [augment] flip_vertical; remove it"
+        )
     if evaluate.views == "turns":
         for name in {*(evaluate.stages or names[-1:]), *chosen}:
             if stages[name]["head"] != "linear" and not stages[name]["quarter_turns"]:

@@ -2,6 +2,7 @@ import ast
 import base64
 import inspect
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from deploy import served_model
 from deploy.package import MODEL_FILE, WEIGHTS_FILE
 from deploy.predict import Direct
 from vggcore.dense import dense_posteriors
+from vggcore.schedule import Stage
+from vggcore.view_average import turned_views
 
 
 def served(folder: Path) -> Direct:
@@ -63,6 +66,38 @@ def test_the_served_net_answers_as_the_trained_one_by_both_protocols(tmp_path, n
     images = scaled_less_mean(pixels, 105, 72)[:, :, 4:68, 20:84] / deviation()   # (72-64)//2 and (105-64)//2
     np.testing.assert_allclose(centre, torch.softmax(trained(images), 1)[0].numpy(), atol=1e-5)
     assert np.ptp(dense) > 1e-3   # a net that says 1/3 to everything would prove nothing
+
+
+@pytest.mark.parametrize(("views", "number"), [("flips", 4), ("turns", 8)])
+@pytest.mark.parametrize("protocol", ["centre", "dense"])
+@torch.inference_mode()
+def test_the_served_net_averages_over_mirrored_and_turned_views_as_the_evaluation_does(tmp_path, views, number, protocol):
+    settings = stage_settings() | {"flip_vertical": True, "quarter_turns": True}
+    trained = package(tmp_path, settings, protocol=protocol, scales=(72,), views=views)
+    pixels = noise(1, height=90, width=131)
+
+    found = served(tmp_path).python_model.posteriors(pixels)
+
+    images = scaled_less_mean(pixels, 105, 72) / deviation()
+    if protocol == "centre":
+        images = images[:, :, 4:68, 20:84]
+    flipped = [images, images.flip(3), images.flip(2), images.flip(2, 3)]
+    each = (flipped + [one.transpose(2, 3) for one in flipped])[:number]
+    expected = torch.cat([dense_posteriors(trained, one) for one in each]).mean(0)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    stage = Stage.model_validate_json(json.dumps(settings))
+    assert json.loads((tmp_path / MODEL_FILE).read_text())["protocol"] == {
+        "name": protocol,
+        "scales": [72],
+        "views": views,
+        "turned": [list(one) for one in turned_views(views, protocol, stage)],
+    }
+
+
+def test_a_package_without_views_says_nothing_of_them(tmp_path):
+    package(tmp_path, stage_settings())
+
+    assert json.loads((tmp_path / MODEL_FILE).read_text())["protocol"] == {"name": "dense", "scales": [64, 80]}
 
 
 @torch.inference_mode()

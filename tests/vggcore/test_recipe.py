@@ -116,6 +116,8 @@ MISTAKES = [
     ("",                     "[augment]\narea = [0.5, 1.0]", r"stage 'A-72': scale has no effect with area"),
     ("",                     '[augment]\nview = "whole"',   r"stage 'A-72': scale is \[72, 72\], but with view = \"whole\" a view is the picture at 64 x 64"),
     ("",                     '[evaluate]\nviews = "turns"', r"views = \"turns\": stage 'D-72-96' is not trained on turned pictures"),
+    ("",                     '[evaluate]\nviews = "flips"', r"views = \"flips\" has no effect with protocol = \"dense\", which averages with the mirror"),
+    ("learning_rate = 1e-3", 'head = "linear"\n[evaluate]\nprotocol = "centre"\nviews = "flips"', r"views = \"flips\" has no effect on linear heads; set features.flip"),
     ("",                     '[register]\nweights = "average"', r"weights = \"average\": stage 'D-72-96' has no average"),
     ("",                     '[evaluate]\nstages = ["D-72"]', r"\[evaluate\] stages: no stage 'D-72'; did you mean"),
     ("",                     "[evaluate]\nscales = [48]", r"\[evaluate\] scales: 48 is below the crop, 64"),
