@@ -162,5 +162,5 @@ def history_text(ticks: Sequence[Tick], decisions: Sequence[dict[str, Any]]) -> 
     for one in decisions:
         moment_of = one["at"][:16].replace("T", " ")
         lines.append([f"by hand, {moment_of}: {what_by_hand(one)} by {one['by']} ({bare(one['reason'])})"])
-        lines += [[" " * 7, new_class_text(its)] for its in (one["decision"] or {}).get("new_classes", ())]
+        lines += [[" " * 7, new_class_text(its)] for its in (one.get("decision") or {}).get("new_classes", ())]
     return "\n".join("  ".join(line) for line in lines)
