@@ -10,11 +10,14 @@ from mlflow.entities.model_registry import ModelVersion
 
 from deploy.decision_record import ROLLED_BACK_TAG
 from deploy.gate import Check, Decision, GateRules, Score, decide, first_decision, listed, same_classes, verdict
+from deploy.gate_classes import NewClass
 from deploy.gate_evidence import Lineage, gate_of, gate_pictures, leaks, score, spent_before, stage_of, trace, use_number
+from deploy.new_classes import figures_on_test, person_check
 from deploy.registry import STAGE_KEY_TAG, TOP1_TAG
 from deploy.registry_versions import find_copy, full_name
 from pipelines.gate_list import GateList
 from training.store import Store
+from vggcore.class_order import added_classes
 from vggcore.digest import digest
 from vggcore.errors import DatasetError, RegistryError
 
@@ -38,12 +41,14 @@ class Evidence:
     challenger: Score | None
     champion: Score | None
     refusal: Decision | None
+    new_classes: tuple[NewClass, ...] = ()
 
 
 def compare(client: MlflowClient, *, store: Store, a: str, b: str, rules: GateRules | None = None) -> Decision:
     """What the gate would say of A in the place of B; nothing is recorded or counted.
 
-    a, b: any MODEL. Raises DatasetError for models of other classes or pictures, and where there is no gate list.
+    a, b: any MODEL. A may append classes to those of B. Raises DatasetError for models of other classes or pictures, and
+    where there is no gate list.
     """
     from deploy.predict import open_model
 
@@ -54,9 +59,9 @@ def compare(client: MlflowClient, *, store: Store, a: str, b: str, rules: GateRu
         key = opened.description["lineage"].get("stage_key")
         both.append(Contender(model, key, opened, trace(store, key, model=model)))
     new, old = both
-    if new.opened.classes != old.opened.classes:
-        found = same_classes(nothing(new), nothing(old)).found
-        raise DatasetError(f"{a} and {b} know other classes ({found}); nothing to compare them on")
+    classes = same_classes(nothing(new), nothing(old))
+    if not classes.passed:
+        raise DatasetError(f"{a} and {b} know other classes ({classes.found}); nothing to compare them on")
     gate, other = gate_of(store, new.lineage), gate_of(store, old.lineage)
     if gate is None:
         raise DatasetError(
@@ -74,6 +79,7 @@ def compare(client: MlflowClient, *, store: Store, a: str, b: str, rules: GateRu
         spent=spent_before(gate, asked),
         leaks=leaks(gate, [new.lineage, old.lineage]),
         lineage_problems=[*new.lineage.problems, *old.lineage.problems],
+        new_classes=figures_on_test(store, new.opened, old.opened.classes),
     )
 
 
@@ -87,8 +93,12 @@ def gather(
     rolled: Check,
     floor: float,
     keep: bool,
+    person: str | None = None,
 ) -> Evidence:
-    """Lineage, leaks and scores, or the refusal that makes scores needless: the gate list is then not looked at."""
+    """Lineage, leaks and scores, or the refusal that makes scores needless: the gate list is then not looked at.
+
+    person: the command by which a person decides about new classes; None: the gate is asked about them too.
+    """
     new = contender(client, store, wanted)
     if champion is None:
         return first_version(wanted, new, floor, rolled)
@@ -96,10 +106,12 @@ def gather(
     gate = gate_of(store, new.lineage)
     problems = [*new.lineage.problems, *old.lineage.problems]
     seen = leaks(gate, [new.lineage, old.lineage]) if gate else []
+    grown = figures_on_test(store, new.opened, old.opened.classes)
     unknown = sorted(set(gate.classes) - set(new.opened.classes)) if gate else []
     listed_for = "no gate list for its pictures" if gate is None else f"gate list of {len(gate.contents):,} pictures"
     checks = [
         same_classes(nothing(new), nothing(old)),
+        person_check(old.opened.classes, new.opened.classes, person),
         rolled,
         Check("lineage", not problems, listed("lineage problems", problems), "stage, pictures and code on record"),
         Check("gate", gate is not None, listed_for, "[data] split.gate in the recipe it is trained by"),
@@ -108,12 +120,12 @@ def gather(
     ]
     if gate is None or not all(check.passed for check in checks):
         refusal = Decision(
-            False, verdict(checks, ""), tuple(checks), rules.metric, challenger=new.model, champion=old.model
+            False, verdict(checks, ""), tuple(checks), rules.metric, challenger=new.model, champion=old.model, new_classes=grown
         )
         facts = [new.model, old.model, refusal.reason, gate.digest if gate else None]
         return Evidence(digest(["refused", *facts], hex_characters=32), gate, None, None, refusal)
     scores = score_both(store, gate, new, old, keep=keep)
-    return Evidence(decision_id(gate, new.model, old.model, scores[0], rules), gate, *scores, None)
+    return Evidence(decision_id(gate, new.model, old.model, scores[0], rules), gate, *scores, None, grown)
 
 
 def rollback_check(client: MlflowClient, wanted: ModelVersion, target: str) -> Check:
@@ -163,9 +175,12 @@ def score_both(
 ) -> tuple[Score, Score]:
     """Both models' scores by the challenger's protocol and test scales, or the champion's own where its crop forbids them.
 
-    A linear head has one protocol, its own: where one of them has such a head, each is scored as it is served.
+    A linear head has one protocol, its own: where one of them has such a head, each is scored as it is served. On the pictures
+    of the champion's classes, which are the challenger's first, where that has more.
     """
     pictures = gate_pictures(store, gate, new.lineage, new.opened.classes)
+    if added_classes(old.opened.classes, new.opened.classes):
+        pictures = pictures.some(pictures.labels < len(old.opened.classes))
     linear = any(stage_of(each.opened).head == "linear" for each in (new, old))
     found = []
     for each in (new, old):

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from deploy.gate import Check, ClassChange, Decision
+from deploy.gate_classes import new_class_of_json, new_class_text
 
 
 def needed_text(found: Mapping[str, Any]) -> str:
@@ -40,6 +41,8 @@ def decision_text(found: Mapping[str, Any]) -> str:
             recalls = f"{100 * one['champion_recall']:>9.1f} %{100 * one['challenger_recall']:>10.1f} %"
             changes = f"{points(one['change']):>9}{points(one['low']):>9}"
             lines.append(f"{one['name']:<{width}}{one['pictures']:>10,}{recalls}{changes}")
+    if found.get("new_classes"):
+        lines += ["", *map(new_class_text, found["new_classes"])]
     lines += ["", *(condition(check) for check in found["checks"])]
     return "\n".join(lines).rstrip()
 
@@ -60,6 +63,7 @@ def decision_of_json(found: Mapping[str, Any]) -> Decision:
     values = {field.name: found[field.name] for field in fields(Decision) if field.name in found}
     values["checks"] = tuple(Check(**check) for check in found["checks"])
     values["classes"] = tuple(ClassChange(**one) for one in found.get("classes", ()))
+    values["new_classes"] = tuple(map(new_class_of_json, found.get("new_classes", ())))
     if found.get("counts") and found.get("needed_gain") is None:
         values["needed_gain"] = math.inf
     return Decision(**values)

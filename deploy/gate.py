@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.gate_classes import NewClass, grown_words
+from vggcore.class_order import added_classes
 from vggcore.digest import digest
 from vggcore.errors import RecipeError
 from vggcore.paired import FLIPS, Tally, alpha_of_use, gain_bounds, gain_test, power, strata_power, tally
@@ -132,6 +134,7 @@ class Decision:
     challenger: str | None = None
     champion: str | None = None
     use: int | None = None
+    new_classes: tuple[NewClass, ...] = ()    # those that the champion does not know, on test
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for json.dumps(allow_nan=False); infinity becomes null."""
@@ -156,12 +159,15 @@ def decide(
     spent: float = 0.0,
     leaks: Sequence[str] = (),
     lineage_problems: Sequence[str] = (),
+    new_classes: Sequence[NewClass] = (),
 ) -> Decision:
     """Promotes the challenger only if every condition holds; the reason names the first that does not.
 
     use: which use of this gate list this is, from 1. spent: how much of alpha the uses before it had: with rules that changed
     between them the planned uses alone would not bound it. leaks: gate pictures that either model, or an ancestor, was trained
     on. lineage_problems: what of the challenger's stage, data or code can't be found. Both in words, each refuses.
+    A challenger may append classes to the champion's own: both are then scored on pictures of the champion's classes, and
+    the challenger's answer is its highest posterior over all its classes. new_classes: reported, no condition.
     """
     same = (same_classes(challenger, champion), same_pictures(challenger, champion), same_protocol(challenger, champion))
     checks = [
@@ -175,7 +181,7 @@ def decide(
     summary = ""
     if all(check.passed for check in same):
         evidence = compare(challenger, champion, rules, alpha_k)
-        summary, found = judge(evidence, challenger.classes, rules, alpha_k)
+        summary, found = judge(evidence, champion.classes, rules, alpha_k)
         checks += found
     checks += budgets(challenger, rules)
     return Decision(
@@ -187,6 +193,7 @@ def decide(
         challenger=challenger.model,
         champion=champion.model,
         use=use,
+        new_classes=tuple(new_classes),
         **evidence,
     )
 
@@ -202,10 +209,13 @@ def few_uses(use: int, spent: float, rules: GateRules) -> Check:
 
 
 def same_classes(challenger: Score, champion: Score) -> Check:
-    """Whether both know the same classes in the same order."""
-    wanted = "the same classes in the same order; otherwise a person decides"
+    """Whether both know the same classes in the same order, or the challenger others after all of the champion's."""
+    wanted = "the champion's classes in their order, and new ones after them alone; otherwise a person decides"
     if challenger.classes == champion.classes:
         return Check("classes", True, f"both have the same {len(champion.classes)} classes", wanted)
+    grown = grown_words(champion.classes, challenger.classes)
+    if grown is not None:
+        return Check("classes", True, f"{grown}; judged on its {len(champion.classes)} classes", wanted)
     new, old = set(challenger.classes), set(champion.classes)
     if new == old:
         return Check("classes", False, "the classes stand in another order", wanted)
@@ -226,7 +236,7 @@ def same_pictures(challenger: Score, champion: Score) -> Check:
         found = f"{only_new} pictures only the challenger was scored on, {only_old} only the champion"
         return Check("pictures", False, found, wanted)
     differ = sum(new[content] != old[content] for content in new)
-    if differ and challenger.classes == champion.classes:
+    if differ and added_classes(champion.classes, challenger.classes) is not None:
         return Check("pictures", False, f"{differ} pictures have another label in each score", wanted)
     return Check("pictures", True, f"both were scored on the same {len(new)} pictures", wanted)
 

@@ -199,7 +199,7 @@ def score(
     scales: Sequence[int],
     keep: bool,
 ) -> Score:
-    """What an opened model (deploy.predict.Predictor) says of the list's pictures, through DALI as in training.
+    """What an opened model (deploy.predict.Predictor) says of the list's pictures, or some, through DALI as in training.
 
     Kept beside the list under identity, protocol and scales, and read from there the next time; a renewed list is another
     folder, so that everything is scored again. The views it averages over are its own, as it is served. keep: False for a
@@ -208,6 +208,8 @@ def score(
     question = {"model": identity, "protocol": protocol, "scales": list(scales), "classes": list(opened.classes)}
     views = opened.description["protocol"].get("views", "none")
     question |= {"views": views} if views != "none" else {}
+    if len(pictures) < len(gate.contents):       # of the classes that the champion knows
+        question["pictures"] = digest(list(pictures.contents), hex_characters=32)
     folder = gate.folder / "scores" / digest(question, hex_characters=16)
     known = read_json(folder / "score.json")
     if known is not None:
@@ -221,7 +223,8 @@ def score(
         "latency_ms": latency_ms(opened, pictures),
     }
     if keep:
-        columns = {"content": pa.array(gate.contents), "posteriors": pa.array(list(posteriors), pa.list_(pa.float32()))}
+        contents = pa.array([str(content) for content in pictures.contents])
+        columns = {"content": contents, "posteriors": pa.array(list(posteriors), pa.list_(pa.float32()))}
         with whole_file(folder / "posteriors.parquet") as part:
             pq.write_table(pa.table(columns), part)
         write_json(folder / "score.json", facts)

@@ -10,6 +10,7 @@ import jinja2
 
 from deploy.decision_history import history
 from deploy.gate import bare
+from deploy.gate_classes import new_class_text
 from deploy.pipeline_file import Pipeline
 from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, ticks_name
 from training.store import Store
@@ -114,6 +115,7 @@ def write_page(pipeline: Pipeline, ticks: Sequence[Tick], decisions: Sequence[di
     )  # fmt: skip
     environment.filters["percent"] = lambda share: "–" if share is None else f"{share:.2%}"
     environment.filters["by_hand"] = what_by_hand
+    environment.filters["new_class"] = new_class_text
     environment.filters["when"] = lambda text: text[:16].replace("T", " ") if text else "–"
     page = environment.get_template("history.html.j2").render(
         pipeline=pipeline,
@@ -151,9 +153,14 @@ def history_text(ticks: Sequence[Tick], decisions: Sequence[dict[str, Any]]) -> 
         began = tick.began[:16].replace("T", " ") or "–"
         rows.append((str(tick.number), began, tick.outcome, version, held, tick.reason))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [[*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]] for row in rows]
+    new = [[], *([new_class_text(one) for one in tick.new_classes] for tick in ticks)]
+    lines = []
+    for row, texts in zip(rows, new, strict=True):
+        lines.append([*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]])
+        lines += [[" " * widths[0], text] for text in texts]
     lines += [[""]] if decisions else []
     for one in decisions:
         moment_of = one["at"][:16].replace("T", " ")
         lines.append([f"by hand, {moment_of}: {what_by_hand(one)} by {one['by']} ({bare(one['reason'])})"])
+        lines += [[" " * 7, new_class_text(its)] for its in (one.get("decision") or {}).get("new_classes", ())]
     return "\n".join("  ".join(line) for line in lines)

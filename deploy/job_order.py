@@ -108,13 +108,14 @@ def known_schedule_key(recipe: Path, store: Path) -> str | None:
     if not (store / "data").is_dir():
         return None
     from deploy.scans import known_manifest
-    from training.parents import settle
+    from training.parents import known_order, settle
     from training.store import Store
 
     loaded = load_recipe(recipe)
     manifest = known_manifest(loaded.data, Store(store))
     if manifest is None:
         return None
+    manifest = manifest.in_order(known_order(resolve_stages(loaded), Store(store), loaded.data))
     stages = settle(resolve_stages(loaded), Store(store), manifest.fingerprint)
     keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
     return schedule_key(loaded.name, keys)

@@ -53,7 +53,7 @@ def judge(
 
         if not torch.cuda.is_available():
             raise DeviceError("--device cuda: torch finds no GPU on this machine; use --device cpu")
-    manifest = pictures_for(predictor, source, store)
+    manifest = pictures_for(predictor, source, store).in_order(predictor.classes)
     check_classes(predictor.classes, manifest.classes)
     began = time.monotonic()
     pictures = manifest.split(split)

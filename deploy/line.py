@@ -24,7 +24,16 @@ from training.evaluate import Evaluation, evaluate_stage
 from training.history import read_history
 from training.listener import Listener
 from training.losses import check_class_weights
-from training.parents import check_parents, is_done, recorded_colour, result_entry, result_weights, settle, weights_digest
+from training.parents import (
+    check_parents,
+    is_done,
+    known_order,
+    recorded_colour,
+    result_entry,
+    result_weights,
+    settle,
+    weights_digest,
+)
 from training.ray_address import check_address
 from training.run import train_schedule
 from training.stage_job import view_rule
@@ -89,6 +98,8 @@ def run_line(
     check_tracking(uri)
     sampling_interval_s()      # read where a stage begins; what is wrong with it is said here
     manifest = scan_data(recipe.data, store, threads=cores())
+    known = known_order(resolve_stages(recipe), store, recipe.data)
+    manifest = manifest.in_order(known)
     stages = settle(resolve_stages(recipe), store, manifest.fingerprint)
     check_parents(stages, store, manifest.classes)
     check_class_weights(stages, manifest.classes, manifest.split("train").labels)
@@ -105,7 +116,7 @@ def run_line(
             tags=tags,
             artifact_location=artifact_location(uri, store.root),
         )
-        record = record_schedule(store, key, recipe, recipe_text, manifest, stages, keys, tracker, uri)
+        record = record_schedule(store, key, recipe, recipe_text, manifest, known, stages, keys, tracker, uri)
         with truthful_end(tracker):
             listener = Together(hear(manifest, stages), tracker)
             tracker.batches = {keys[stage.name]: batches(stage, manifest) for stage in stages}
@@ -226,18 +237,23 @@ def record_schedule(
     recipe: Recipe,
     recipe_text: str,
     manifest: Manifest,
+    known_classes: Sequence[str],
     stages: Sequence[Stage],
     keys: dict[str, str],
     tracker: Tracker,
     uri: str,
 ) -> dict[str, Any]:
-    """Writes recipe.toml and stages.json before anything is trained, and logs the recipe and the manifest's summary."""
+    """Writes recipe.toml and stages.json before anything is trained, and logs the recipe and the manifest's summary.
+
+    known_classes: those whose order was known before; the others are recorded as new, where there are such.
+    """
     folder = store.schedule(key)
     record: dict[str, Any] = {
         "name": recipe.name,
         "key": key,
         "fingerprint": manifest.fingerprint,
         "classes": list(manifest.classes),
+        "new_classes": [name for name in manifest.classes if known_classes and name not in known_classes],
         "stages": [
             {
                 "name": stage.name,

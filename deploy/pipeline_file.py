@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from deploy.tracking_address import shown
 from training.worker_count import WorkerCount, read_workers
 from vggcore.errors import RecipeError
-from vggcore.recipe import Count, Frozen, Positive, array, describe, nearest, parse_toml, place_name, read_words
+from vggcore.recipe import Count, Frozen, NewRows, Positive, array, describe, nearest, parse_toml, place_name, read_words
 
 if TYPE_CHECKING:
     from deploy.gate import GateRules
@@ -64,14 +64,16 @@ class Timetable(Frozen):
 class Start(Frozen):
     """Where a retrained model's weights come from, and how old a model may become before it is trained again all the same."""
 
-    warm: Literal["champion", "scratch"] = "scratch"   # "champion": its stage goes on from its weights; new classes: all anew
+    warm: Literal["champion", "scratch"] = "scratch"   # "champion": its stage goes on from its weights
     learning_rate: Positive | None = None     # of a warm start; not given: a tenth of the stage's own
+    new_rows: NewRows = "means"               # of a warm start: first weights of the last layer for classes that are new
     max_age: str | None = None                # '30d': then it is trained again with the next seed
 
     @model_validator(mode="after")
-    def learning_rate_has_an_effect(self) -> Self:
-        if self.learning_rate is not None and self.warm != "champion":
-            raise ValueError('learning_rate has no effect without warm = "champion"; remove it, or set warm')
+    def keys_of_a_warm_start_have_an_effect(self) -> Self:
+        for name in ("learning_rate", "new_rows"):
+            if name in self.model_fields_set and getattr(self, name) is not None and self.warm != "champion":
+                raise ValueError(f'{name} has no effect without warm = "champion"; remove it, or set warm')
         return self
 
     @field_validator("max_age")
@@ -97,12 +99,13 @@ class Gate(Frozen):
     max_class_drop: float = 0.05
     max_size_mib: float | None = None
     max_latency_ms: float | None = None
+    new_classes: Literal["person", "gate"] = "person"     # who decides about a challenger with classes new to the champion
 
     def rules(self) -> "GateRules":
         """The rules as the gate takes them. Raises RecipeError for numbers that cannot be."""
         from deploy.gate import GateRules
 
-        return GateRules(**self.model_dump())
+        return GateRules(**self.model_dump(exclude={"new_classes"}))
 
 
 def worker_count(value: Any) -> Any:

@@ -15,8 +15,9 @@ from training.features.cost import feature_macs
 from training.freezing import frozen_layers, usual_macs
 from training.losses import check_class_weights
 from training.optimise import moments
-from training.parents import check_parents, settle
+from training.parents import check_parents, known_order, settle
 from training.store import Store
+from vggcore.class_order import spoken_classes
 from vggcore.errors import RecipeError
 from vggcore.nets import LayerRow, layer_table
 from vggcore.recipe import Recipe
@@ -86,6 +87,8 @@ def plan(
     """
     if manifest is not None and (pictures or classes):
         raise RecipeError("--pictures, --classes: no effect, since the pictures have been scanned into this store; remove them")
+    if manifest is not None:
+        manifest = manifest.in_order(known_order(resolve_stages(recipe), Store(store), recipe.data))
     classes, notes = classes_known(recipe, manifest, classes)
     stages, origins = with_origins(resolve_stages(recipe), manifest, classes, Store(store))
     pictures = len(manifest.split("train").labels) if manifest else pictures
@@ -322,7 +325,10 @@ def plan_text(found: Plan) -> str:
 
 
 def origin_line(stage: StagePlan) -> str:
-    """Which layers come from where, and which are random: "  D-72: conv1_1, conv2_1 from 'A-72'; random: conv1_2, fc3"."""
+    """Which layers come from where, and which are random: "  D-72: conv1_1, conv2_1 from 'A-72'; random: conv1_2, fc3".
+
+    Rows of the last layer that a parent with fewer classes lacks: "; fc3 gets a row for class 'fox'".
+    """
     taken = [origin.layer for origin in stage.layers if origin.source]
     random = [origin.layer for origin in stage.layers if not origin.source]
     source = next(origin.source for origin in stage.layers if origin.source)
@@ -330,7 +336,12 @@ def origin_line(stage: StagePlan) -> str:
         taken = ["all layers"]
     rest = f"; {'random' if stage.max_epochs else 'fitted'}: {', '.join(random)}" if random else ""
     mean = ", with its mean" if stage.mean == "weights" else ""
-    return f"  {stage.name}: {', '.join(taken)} from {source}{mean}{rest}"
+    grown = next((origin for origin in stage.layers if origin.added), None)
+    rows = ""
+    if grown is not None:
+        number = "a row" if len(grown.added) == 1 else "rows"
+        rows = f"; {grown.layer} gets {number} for {spoken_classes(grown.added)}"
+    return f"  {stage.name}: {', '.join(taken)} from {source}{mean}{rest}{rows}"
 
 
 def stage_cells(stage: StagePlan) -> tuple[str, ...]:

@@ -254,16 +254,10 @@ def check_picture(path: Path) -> None:
 
 
 def check_classes(model_classes: Sequence[str], data_classes: Sequence[str]) -> None:
-    """DatasetError that names the difference unless both are the same classes in the same order."""
-    if tuple(model_classes) == tuple(data_classes):
-        return
+    """DatasetError that names the difference unless both are the same classes, in whatever order."""
     absent = [name for name in model_classes if name not in data_classes]
     unknown = [name for name in data_classes if name not in model_classes]
     if absent or unknown:
         parts = [f"the model's {', '.join(map(repr, absent))} has no pictures"] if absent else []
         parts += [f"the model does not know {', '.join(map(repr, unknown))}"] if unknown else []
         raise DatasetError(f"classes of model and pictures differ: {'; '.join(parts)}; choose pictures of its classes")
-    raise DatasetError(
-        f"classes of model and pictures differ in their order: {list(model_classes)} and {list(data_classes)};"
-        " name the folders so that they sort as they did in training"
-    )

@@ -66,6 +66,7 @@ def promote(
     force: str | None = None,
     by: str | None = None,
     tell: bool = False,
+    person: str | None = None,
 ) -> Outcome:
     """Makes a version champion if the gate lets it; recorded either way. Again is harmless.
 
@@ -73,7 +74,8 @@ def promote(
     to: the production model into which the version is copied and whose champion it shall be. floor: what test top-1 must
     reach where there is no champion yet. dry_run: nothing is written, nothing counted. force: the reason for promoting
     by hand, without asking the gate. by: who decides; None: the user of MLflow, else of this machine. tell: a message for
-    the webhook is put where deploy.registry_webhook.tell_waiting finds it.
+    the webhook is put where deploy.registry_webhook.tell_waiting finds it. person: the command by which a person decides
+    where the challenger has new classes, which then waits for that; None: the gate is asked about it as about any other.
     Raises RegistryError for what is not in the registry, or not ours to change, DatasetError for gate pictures that are gone.
     """
     rules = rules or GateRules()
@@ -87,7 +89,9 @@ def promote(
         champion, rolled = find_champion(client, target), rollback_check(client, wanted, target)
         evidence = None
         if not is_copy(champion, wanted) and force is None:
-            evidence = gather(client, store, wanted, champion, rules, rolled=rolled, floor=floor, keep=not dry_run)
+            evidence = gather(
+                client, store, wanted, champion, rules, rolled=rolled, floor=floor, keep=not dry_run, person=person
+            )
         if dry_run:
             return rehearse(wanted, champion, target, evidence, rules, force)
         with patient_lock(store, target, wanted.name):
@@ -244,7 +248,9 @@ def decision_of(
     if evidence.refusal is not None:
         return evidence.refusal
     assert evidence.challenger is not None and evidence.champion is not None
-    return decide(evidence.challenger, evidence.champion, rules, use=use, spent=spent)
+    return decide(
+        evidence.challenger, evidence.champion, rules, use=use, spent=spent, new_classes=evidence.new_classes
+    )
 
 
 def rehearse(

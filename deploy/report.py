@@ -10,7 +10,7 @@ import shlex
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pyarrow import ArrowException, parquet
 from deploy import charts
 from deploy.decision_history import last_decisions
 from deploy.doctor import without_secrets
+from deploy.gate_classes import new_class_figures, new_class_text
 from deploy.yardsticks import (
     BOOTSTRAP_SEED,
     Measured,
@@ -150,7 +151,9 @@ def find_schedule(store: Path, wanted: str | None) -> tuple[dict[str, Any], list
 def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """The page as text; `store` is absolute."""
     missing: list[str] = []
-    manifest = read_or_say(missing, lambda: read_manifest(store / "data" / schedule["fingerprint"]))
+    manifest = read_or_say(
+        missing, lambda: read_manifest(store / "data" / schedule["fingerprint"]).in_order(schedule["classes"])
+    )
     stages = [stage_view(store, schedule, place, manifest) for place in range(len(schedule["stages"]))]
     folder = store / "schedules" / schedule["key"]
     found = None
@@ -187,6 +190,7 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         rows=rows,
         bars=gain_bars(rows),
         registered=registered,
+        new_classes=new_classes(schedule, chosen),
         decisions=last_decisions(Store(store), registered["name"], str(registered["version"])) if registered else [],
         model=model_name(registered),
         commands=commands(store, schedule, chosen, recipe),
@@ -196,6 +200,14 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         most_cells=MOST_CELLS,
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
+
+
+def new_classes(schedule: Mapping[str, Any], chosen: StageView | None) -> list[str]:
+    """How the registered stage does on test with the classes that came last, a sentence each."""
+    if chosen is None or chosen.confusion is None or chosen.evaluation is None:
+        return []
+    added = schedule.get("new_classes", ())
+    return [new_class_text(asdict(one)) for one in new_class_figures(chosen.evaluation["classes"], chosen.confusion, added)]
 
 
 def read_or_say(missing: list[str], read: Callable[[], Any]) -> Any:

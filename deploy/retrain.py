@@ -6,12 +6,12 @@ its record was written is done again and changes nothing (docs/adr/0007-the-tick
 
 import datetime
 from collections.abc import Callable
-from dataclasses import asdict
 
 from mlflow import MlflowClient
 from rich.console import Console
 
 from deploy.gate import bare
+from deploy.gate_classes import new_class_text
 from deploy.notify import FIRST_WAIT_S, read_secret
 from deploy.pipeline_file import Pipeline
 from deploy.signals import Signals
@@ -115,7 +115,7 @@ def begin(work: Work) -> Tick:
     if decided is None or decided["verdict"] != TRAIN or "register" in tick.records:
         return tick
     before = facts_of(tick)
-    if (before.recipe, dict(before.rules)) == (recipe_digest(work.recipe), asdict(work.rules)):
+    if (before.recipe, dict(before.rules)) == (recipe_digest(work.recipe), work.rule_facts):
         return tick
     supersede(work, tick, "the recipe or the gate rules changed before anything was registered")
     return Tick(number_of_next)
@@ -165,6 +165,7 @@ def tick_text(tick: Tick) -> list[str]:
     if registered:
         accuracy = registered["test_top1_accuracy"]
         lines.append(f"version {registered['version']} of {registered['model']}: test top-1 accuracy {accuracy:.4f}")
+    lines += map(new_class_text, tick.new_classes)
     told = tick.records.get("notify", {}).get("delivery")
     if told == "waits":
         lines.append("the webhook does not answer; what it was to be told is sent with the next tick")

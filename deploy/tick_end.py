@@ -5,6 +5,7 @@ from typing import Any
 
 from deploy.decision_history import history
 from deploy.decision_record import PROMOTED as DID_PROMOTE
+from deploy.new_classes import promote_command
 from deploy.promote import ALREADY, Outcome, promote
 from deploy.registry import CHAMPION
 from deploy.registry_versions import find_champion
@@ -31,7 +32,10 @@ TOLD_ONCE = frozenset({STOPPED, BELOW_FLOOR, WAITS})                   # and not
 
 
 def ask_gate(work: Work, tick: Tick) -> Tick:
-    """Asks the gate and does what it says; both records. Asked again about the same two versions it is no second use."""
+    """Asks the gate and does what it says; both records. Asked again about the same two versions it is no second use.
+
+    About a version with new classes the gate is asked where [gate] new_classes is "gate"; else a person is.
+    """
     registered, decided = tick.records["register"], tick.records["decide"]
     version, before = registered["version"], decided["facts"]["champion"]
     if registered["alias"] == CHAMPION:
@@ -48,12 +52,19 @@ def ask_gate(work: Work, tick: Tick) -> Tick:
         rules=work.rules,
         floor=work.recipe.register_.floor,
         by=ticks_name(work.pipeline.name),
+        person=None if work.pipeline.gate.new_classes == "gate" else command(work, registered["model"], version),
     )
     found = recovered(work, found)
     tick = work.write(tick, "gate", {"outcome": gate_outcome(found), "reason": found.reason, "decision": found.decision})
     done = found.action == DID_PROMOTE
     previous = found.champion_before if done else None
     return work.write(tick, "promote", {"promoted": done, "version": version, "previous": previous})
+
+
+def command(work: Work, model: str, version: str) -> str:
+    """What a person types to decide about a version by the pipeline's rules."""
+    run = work.pipeline.run
+    return promote_command(model, version, store=run.store, tracking=run.tracking, rules=work.rules)
 
 
 def recovered(work: Work, found: Outcome) -> Outcome:

@@ -6,12 +6,14 @@ from typing import Any
 
 from deploy.drift import Drift, Summary, compare, moved, summarise
 from deploy.pipeline_file import Pipeline
+from deploy.registry import STAGE_KEY_TAG
 from deploy.registry_versions import find_champion, number
 from deploy.scans import scan_data
 from deploy.tick_work import Work, champion_json
 from deploy.ticks import NOTHING_NEW, STOP, TRAIN, Facts, Tick, facts_of, last_trained, news, renewal
 from deploy.warm_start import Beginning, choose_beginning
 from pipelines.manifest import Manifest, read_manifest
+from training.store import read_json
 from training.where import cores
 from vggcore.digest import digest
 from vggcore.errors import DatasetError, StoreError
@@ -35,26 +37,29 @@ def look(work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
         check_folders(work.pipeline)
         manifest = scan_data(work.recipe.data, work.store, threads=cores())
     except DatasetError as error:
-        unknown = Facts("", recipe_digest(work.recipe), asdict(work.rules), number(champion))
+        unknown = Facts("", recipe_digest(work.recipe), work.rule_facts, number(champion))
         stop = {"verdict": STOP, "reasons": [], "problems": [str(error)], "facts": asdict(unknown), "champion": held}
         return {"problem": str(error), "summary": None, "drift": None}, stop
 
-    now = Facts(manifest.fingerprint, recipe_digest(work.recipe), asdict(work.rules), number(champion))
+    now = Facts(manifest.fingerprint, recipe_digest(work.recipe), work.rule_facts, number(champion))
     drift = drift_from(work, reference, manifest)
     age, max_age = None, work.pipeline.start.age
     if reference is not None:
         age = work.clock() - datetime.datetime.fromisoformat(reference.records["train"]["trained_at"])
     too_old = age is not None and max_age is not None and age > max_age
+    order = known_classes(work, reference, now, champion, too_old=too_old)
+    manifest = manifest.in_order(order)
     reasons = news(last, now, age=age, max_age=max_age)
     problems = drift.problems if drift is not None else ()
     verdict = STOP if problems and work.accept is None else TRAIN if reasons else NOTHING_NEW
-    known = list(drift.last.classes) if drift is not None else list(manifest.classes)
+    trained = set(drift.last.classes) if drift is not None else set(manifest.classes)
     decided: dict[str, Any] = {
         "verdict": verdict,
         "reasons": list(reasons),
         "problems": list(problems),
         "accepted": work.accept if problems else None,
-        "new_classes": known != list(manifest.classes),
+        "new_classes": trained != set(manifest.classes),
+        "known_classes": order if manifest.classes != tuple(sorted(order)) else [],
         "renewal": renewal(
             last, now, reference.records["decide"]["renewal"] if reference is not None else 0, too_old=too_old
         ),
@@ -72,13 +77,32 @@ def look(work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
     return scanned, decided
 
 
+def known_classes(work: Work, reference: Tick | None, now: Facts, champion: Any, *, too_old: bool) -> list[str]:
+    """The order of the classes that are known already: the recipe's, else the champion's, where this store trained it.
+
+    About the pictures and recipe of the last training it is what it was then, so that nothing runs twice.
+    """
+    if work.recipe.data.classes is not None:
+        return list(work.recipe.data.classes)
+    if reference is not None and same_as_trained(reference, now) and not too_old:
+        return list(reference.records["decide"].get("known_classes", ()))
+    key = champion.tags.get(STAGE_KEY_TAG) if champion is not None else None
+    about = read_json(work.store.stage(key) / "stage.json") if key else None
+    return list(about["classes"]) if about is not None else []
+
+
+def same_as_trained(reference: Tick, now: Facts) -> bool:
+    """Whether the last training was about these pictures and this recipe."""
+    last = facts_of(reference)
+    return (last.fingerprint, last.recipe) == (now.fingerprint, now.recipe)
+
+
 def beginning(
     work: Work, reference: Tick | None, now: Facts, manifest: Manifest, champion: Any, *, too_old: bool
 ) -> Beginning:
     """Where training would start; about the pictures and recipe of the last training as it did, so that nothing runs twice."""
     last = facts_of(reference) if reference is not None else None
-    same = last is not None and (last.fingerprint, last.recipe) == (now.fingerprint, now.recipe)
-    if reference is not None and same and not too_old:
+    if reference is not None and same_as_trained(reference, now) and not too_old:
         return Beginning.from_json(reference.records["decide"].get("start"))
     return choose_beginning(
         work.pipeline.start.warm,

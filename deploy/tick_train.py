@@ -12,7 +12,7 @@ from deploy.pipeline_file import Pipeline
 from deploy.progress import Progress
 from deploy.tick_work import Work
 from deploy.ticks import Tick, iso, last_trained
-from deploy.warm_start import Beginning, warm_recipe
+from deploy.warm_start import Beginning, in_known_order, warm_recipe
 from pipelines.manifest import Manifest
 from training.listener import Listener
 from training.store import Store
@@ -101,10 +101,19 @@ def where_of(pipeline: Pipeline, store: Store) -> Where:
 def recipe_to_train(work: Work, decided: Mapping[str, Any]) -> tuple[Recipe, str]:
     """The pipeline's recipe as the tick has decided to train it, and its text: from the champion, or with a raised seed."""
     place, start = work.pipeline.recipe, Beginning.from_json(decided.get("start"))
+    known = decided.get("known_classes", ())
     if not start.warm:
-        return renewed(work.recipe, work.recipe_text, decided["renewal"], place)
-    seed, learning_rate = work.recipe.seed + decided["renewal"], work.pipeline.start.learning_rate
-    return warm_recipe(work.recipe, start, learning_rate=learning_rate, seed=seed, place=place)
+        recipe, text = renewed(work.recipe, work.recipe_text, decided["renewal"], place)
+        return in_known_order(recipe, text, known, place)
+    return warm_recipe(
+        work.recipe,
+        start,
+        learning_rate=work.pipeline.start.learning_rate,
+        seed=work.recipe.seed + decided["renewal"],
+        place=place,
+        classes=known,
+        new_rows=work.pipeline.start.new_rows,
+    )
 
 
 def trained_before(work: Work, decided: Mapping[str, Any]) -> str | None:

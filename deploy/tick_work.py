@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlflow import MlflowClient
@@ -35,6 +35,11 @@ class Work:
     signals: Signals
     console: Console
     first_wait_s: float
+
+    @property
+    def rule_facts(self) -> dict[str, Any]:
+        """The gate rules, and who decides about new classes, as records hold them."""
+        return {**asdict(self.rules), "new_classes": self.pipeline.gate.new_classes}
 
     @property
     def ticks(self) -> Ticks:

@@ -60,6 +60,12 @@ class Tick:
         """Whether a version came of it: from then on its data and recipe are what the next tick is compared with."""
         return self.finished and "register" in self.records
 
+    @property
+    def new_classes(self) -> list[dict[str, Any]]:
+        """How the version does on test with classes that the champion does not know (deploy.gate_classes.NewClass)."""
+        decision = self.records.get("gate", {}).get("decision") or {}
+        return list(decision.get("new_classes", ()))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -124,7 +130,8 @@ def last_trained(ticks: Sequence[Tick]) -> Tick | None:
 def facts_of(tick: Tick) -> Facts:
     """What a tick that has decided was about."""
     found = tick.records["decide"]["facts"]
-    return Facts(found["fingerprint"], found["recipe"], found["rules"], found["champion"])
+    rules = {"new_classes": "person", **found["rules"]}      # records of before that rule had no other
+    return Facts(found["fingerprint"], found["recipe"], rules, found["champion"])
 
 
 def news(

@@ -10,7 +10,8 @@ import tomli_w
 from deploy.registry import STAGE_KEY_TAG
 from training.parents import is_done
 from training.store import Store, read_json
-from vggcore.recipe import Recipe, StageTable, parse_recipe
+from vggcore.class_order import added_classes, spoken_classes
+from vggcore.recipe import NewRows, Recipe, StageTable, parse_recipe
 from vggcore.recipe_checks import without_effect
 from vggcore.schedule import resolve_stages
 
@@ -29,11 +30,14 @@ class Beginning:
     stage: str | None = None         # the recipe's stage that is trained on
     stage_key: str | None = None     # the champion's
     wanted: bool = False             # whether the pipeline asks for the champion
+    new_classes: tuple[str, ...] = ()    # those that the champion does not know
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any] | None) -> "Beginning":
         """What a record holds; records from before there were warm starts hold nothing."""
-        return cls(**found) if found else cls(False, "warm starts were not known yet")
+        if not found:
+            return cls(False, "warm starts were not known yet")
+        return cls(**{**found, "new_classes": tuple(found.get("new_classes", ()))})
 
 
 def choose_beginning(
@@ -41,7 +45,8 @@ def choose_beginning(
 ) -> Beginning:
     """From the champion where [start] warm asks for it and it can be, else the whole schedule, with the reason.
 
-    champion: MLflow's ModelVersion, or None. New classes and a changed recipe want the whole schedule.
+    champion: MLflow's ModelVersion, or None. A changed recipe wants the whole schedule, and so do classes that are gone or
+    in another order; new ones after the champion's own get rows of their own in its last layer.
     """
     if wanted != "champion":
         return Beginning(False, '[start] warm is "scratch"')
@@ -53,7 +58,8 @@ def choose_beginning(
     about = read_json(store.stage(key) / "stage.json") if key else None
     if about is None or not is_done(store, key):
         return whole(f"{name}, the champion, was not trained in this store")
-    if about["classes"] != list(classes):
+    added = added_classes(about["classes"], classes)
+    if added is None:
         return whole(f"the classes are no longer those of {name}, the champion")
     stage_name = str(about["name"]).removesuffix(WARM)
     stage = next((stage for stage in resolve_stages(recipe) if stage.name == stage_name), None)
@@ -64,7 +70,8 @@ def choose_beginning(
         before = about["stage"].get(field)      # stages of before linear heads have no features
         if before != settings[field]:
             return whole(f"{field} is {settings[field]!r}, but {before!r} in {name}, the champion")
-    return Beginning(True, f"from {name}, the champion", str(champion.version), stage_name, key, wanted=True)
+    why = f"from {name}, the champion" + (f", with new {spoken_classes(added)}" if added else "")
+    return Beginning(True, why, str(champion.version), stage_name, key, wanted=True, new_classes=added)
 
 
 def whole(why: str) -> Beginning:
@@ -73,11 +80,19 @@ def whole(why: str) -> Beginning:
 
 
 def warm_recipe(
-    recipe: Recipe, beginning: Beginning, *, learning_rate: float | None, seed: int, place: Path
+    recipe: Recipe,
+    beginning: Beginning,
+    *,
+    learning_rate: float | None,
+    seed: int,
+    place: Path,
+    classes: Sequence[str] = (),
+    new_rows: NewRows = "means",
 ) -> tuple[Recipe, str]:
     """The recipe of one stage that goes on from the champion's weights, and its text: all that is needed to run it again.
 
     learning_rate: None: a tenth of the stage's own. A logistic stage is fitted again on the champion's convs: it has no rate.
+    classes: the order of those known, see in_known_order. new_rows: how the last layer's rows of new classes begin.
     """
     own = next(stage for stage in resolve_stages(recipe) if stage.name == beginning.stage)
     table = next(table for table in recipe.stages if table.name == beginning.stage)
@@ -94,6 +109,21 @@ def warm_recipe(
     for name in ("net", "augment", "train"):                               # what the others alone used
         for key in without_effect(recipe, table.name) & set(tables.get(name, {})):
             del tables[name][key]
-    tables |= {"seed": seed, "stage": [warm.model_dump(mode="json", exclude_unset=True, exclude_none=True)]}
+    stage = warm.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    if beginning.new_classes and own.fit == "sgd":       # a logistic fit has no first weights
+        stage["new_rows"] = new_rows
+    if classes:
+        tables["data"]["classes"] = list(classes)
+    tables |= {"seed": seed, "stage": [stage]}
     text = f"# {place.name}, warm: stage {table.name} {beginning.why}\n{tomli_w.dumps(tables)}"
     return parse_recipe(text, place=str(place), folder=place.parent), text
+
+
+def in_known_order(recipe: Recipe, text: str, classes: Sequence[str], place: Path) -> tuple[Recipe, str]:
+    """The recipe whose [data] classes are those known, in their order, and its text; without any, the recipe as it is."""
+    if not classes or recipe.data.classes is not None:
+        return recipe, text
+    tables = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    tables["data"]["classes"] = list(classes)
+    ordered = f"# {place.name}, its classes in the order of the champion's\n{tomli_w.dumps(tables)}"
+    return parse_recipe(ordered, place=str(place), folder=place.parent), ordered

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipelines.near_duplicates import components, near_pairs, nearest_listed
 from pipelines.split import content_words
+from vggcore.class_order import spoken_classes
 from vggcore.counter_hash import uniforms
 from vggcore.digest import digest
 from vggcore.errors import DatasetError, StoreError
@@ -270,5 +271,12 @@ def gate_notes(gate: GateList, rows: Sequence[Row], mine: Collection[int], left_
         notes.append(
             f"{len(changed):,} gate pictures have another class than when the list was made, the first is {row.path!r}"
             f" (then {class_of[row.content]!r}): the gate goes by the list, until `vggrow models renew-gate`"
+        )
+    absent = sorted({row.label for row in rows}.difference(gate.classes))
+    if absent:
+        has = "has" if len(absent) == 1 else "have"
+        notes.append(
+            f"{spoken_classes(absent)} {has} no picture on the gate list: promotions are decided by the others alone, until"
+            " `vggrow models renew-gate` makes a new list"
         )
     return notes

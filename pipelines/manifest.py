@@ -4,7 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.colour import SUMS, Colour
+from vggcore.class_order import grown_order
 from vggcore.digest import digest
 from vggcore.errors import StoreError
 from vggcore.recipe import GATE, SPLITS
@@ -68,10 +69,18 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def some(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Pictures":
+        """Those that a mask or row numbers name, in that order."""
+        columns = {name: getattr(self, name)[which] for name in ("paths", "labels", "heights", "widths", "contents")}
+        return replace(self, **columns)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """One state of the data: root is absolute, classes in their order for ever, table as SCHEMA, sorted by path."""
+    """One state of the data: root is absolute, table as SCHEMA, sorted by path; classes number the labels.
+
+    A scan, and what is kept of it, has classes sorted by name; whoever trains or evaluates puts them in the model's order.
+    """
 
     root: Path
     classes: tuple[str, ...]
@@ -82,6 +91,10 @@ class Manifest:
     notes: tuple[str, ...]
     gate: GateName | None = None
     held_out: tuple[Quarantined, ...] = ()  # pictures that the gate keeps out of every split
+
+    def in_order(self, known: Sequence[str]) -> "Manifest":
+        """The same pictures with the classes of `known` first, in its order, and others after them, sorted."""
+        return replace(self, classes=grown_order(known, self.classes))
 
     def split(self, name: str) -> Pictures:
         """The pictures of split `name`: "train", "val", "test" or "gate" (none where there is no gate list)."""

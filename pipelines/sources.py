@@ -40,7 +40,7 @@ class Listing:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes in their order for ever: sorted by name."""
+        """The classes, sorted by name."""
         return tuple(sorted({candidate.label for candidate in self.candidates}))
 
 

@@ -15,6 +15,7 @@ from training.checkpoint import Checkpoint
 from training.freezing import freeze, frozen_parameters
 from training.losses import loss_sum, picture_losses
 from training.memory import keep_memory
+from training.new_rows import set_new_rows
 from training.optimise import check_layouts, load_moments, make_optimizer, set_learning_rate
 from training.stage_job import StageJob
 from training.team import Team
@@ -54,6 +55,8 @@ class Learner:
         else:
             self.net.load_state_dict(checkpoint.weights())
         self.net.to(team.device)
+        if checkpoint is None and job.parent is not None and job.parent.added and stage.new_rows == "means":
+            set_new_rows(self.net, job, team.device)
         self.net.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
         freeze(self.net, stage)      # before DDP, which exchanges the gradients of what is trained alone
         self.optimizer = make_optimizer(self.net.named_parameters(), stage)

@@ -14,10 +14,12 @@ from training.checkpoint import file_digest
 from training.published.library import find_weights
 from training.result import chosen_weights
 from training.store import Store, read_json
+from vggcore.class_order import added_classes
 from vggcore.errors import RecipeError, StoreError
+from vggcore.recipe import Data
 from vggcore.recipe_checks import stored_key, weights_name
 from vggcore.schedule import Stage, parent_key
-from vggcore.transfer import LayerOrigin, ParentNet, check_given, layer_origins, stage_net, taken_tensors
+from vggcore.transfer import LayerOrigin, ParentNet, check_given, layer_origins, new_classes, stage_net, taken_tensors
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Parent:
     name: str                    # as messages have it
     weights: Path                # a safetensors file
     tensors: Mapping[str, str]   # the child's tensors that it gives, each with its name in the file
+    added: tuple[str, ...] = ()  # the child's last classes, whose rows of the last layer it does not give
 
 
 def is_done(store: Store, key: str) -> bool:
@@ -101,6 +104,22 @@ def stage_record(stage: Stage, store: Store, key: str) -> dict[str, Any]:
     return dict(about)
 
 
+def known_order(stages: Sequence[Stage], store: Store, data: Data) -> tuple[str, ...]:
+    """The order of the classes that are known before pictures are read: [data] classes, else those of a stored parent.
+
+    Of several stored parents the one with the most classes; check_parents refuses others that do not fit. () where no
+    order is known. Raises StoreError for parents that are absent or unfinished.
+    """
+    if data.classes is not None:
+        return data.classes
+    longest: list[str] = []
+    for stage in stages:
+        key = stored_key(stage.init_from)
+        known = stage_record(stage, store, key)["classes"] if key is not None else []
+        longest = known if len(known) > len(longest) else longest
+    return tuple(longest)
+
+
 def check_parents(stages: Sequence[Stage], store: Store, classes: Sequence[str]) -> dict[str, list[LayerOrigin]]:
     """Where each layer of each stage's net comes from, by the stage's name; refuses, before anything starts, what cannot be.
 
@@ -111,7 +130,13 @@ def check_parents(stages: Sequence[Stage], store: Store, classes: Sequence[str])
     for stage in stages:
         parent = parent_net(stage, stages, store, classes)
         taken = taken_tensors(stage, classes, parent) if parent is not None else {}
-        origins[stage.name] = layer_origins(stage, taken, parent)
+        added = new_classes(stage, classes, parent) if parent is not None else ()
+        if stage.new_rows != "means" and not added:
+            raise RecipeError(
+                f"stage {stage.name!r}: new_rows has no effect: {stage.init_from!r} gives no last layer that lacks a class;"
+                " remove it"
+            )
+        origins[stage.name] = layer_origins(stage, taken, parent, added)
         check_given(stage, origins[stage.name])
     return origins
 
@@ -130,10 +155,11 @@ def parent_net(stage: Stage, stages: Sequence[Stage], store: Store, classes: Seq
         return stage_net(next(one for one in stages if one.name == stage.init_from), classes, name=repr(stage.init_from))
     about = stage_record(stage, store, key)
     known = about["classes"]
-    if known != list(classes):
+    if added_classes(known, classes) is None:
         raise RecipeError(
             f"stage {stage.name!r}: init_from {stage.init_from!r} knows the classes {', '.join(known)}, but the pictures"
-            f" have {', '.join(classes)}; start from a stage of the same classes, or without init_from"
+            f" have {', '.join(classes)}; start from a stage of the same classes in the same order, others after them ([data]"
+            " classes sets the order), or without init_from"
         )
     parent = Stage.model_validate_json(json.dumps(about["stage"]))
     return stage_net(parent, known, name=repr(stage.init_from))
@@ -172,7 +198,8 @@ def parent_of(
     if key is None or net is None:
         return None
     weights = find_weights(store, str(stage.weights_digest))[1] if net.published else result_weights(store, key)
-    return Parent(key=key, name=net.name, weights=weights, tensors=taken_tensors(stage, classes, net))
+    taken, added = taken_tensors(stage, classes, net), new_classes(stage, classes, net)
+    return Parent(key=key, name=net.name, weights=weights, tensors=taken, added=added)
 
 
 def stage_colour(stage: Stage, keys: Mapping[str, str], store: Store, data: Colour) -> Colour:

@@ -25,6 +25,7 @@ class StageJob:
     key: str
     store: Path
     fingerprint: str
+    classes: tuple[str, ...]           # in the model's order
     parent: Parent | None              # None: random weights
     colour: Colour                     # mean and deviation that belong to the net, axes of the pictures
     lock: str                          # name of the lock under which this stage is trained

@@ -196,6 +196,7 @@ def prepare(
         key=key,
         store=store.root,
         fingerprint=manifest.fingerprint,
+        classes=manifest.classes,
         parent=parent,
         colour=colour,
         lock=lock,

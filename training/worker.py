@@ -79,7 +79,7 @@ def train_with(job: StageJob, team: Team, log: logging.Logger) -> VggrowError | 
     """What train_stage does, with this worker's place among the others and its log."""
     problem: VggrowError | None = None
     try:
-        manifest = read_manifest(Store(job.store).data(job.fingerprint))
+        manifest = read_manifest(Store(job.store).data(job.fingerprint)).in_order(job.classes)
         prove_same_world(job, manifest)
     except VggrowError as error:
         problem = error

@@ -31,6 +31,7 @@ Rule = Literal["plateau", "cosine"]
 Optimiser = Literal["sgd", "adamw"]
 Fit = Literal["sgd", "logistic"]
 MeanOf = Literal["data", "weights"]
+NewRows = Literal["means", "random"]
 Initialise = Literal["paper", "glorot", "he"]
 Precision = Literal["fp32", "tf32", "bf16"]
 AllReduce = Literal["fp32", "bf16"]
@@ -160,9 +161,22 @@ class Data(Frozen):
     source: Literal["elpv"] | None = None
     labels: Literal["certain", "all"] = "certain"   # elpv: defect probability 0 or 1 only, or all by the threshold
     threshold: Share = 0.5                          # elpv, labels = "all": defective when the probability is above it
+    # The order of known classes; others are appended, sorted. Not given: the order of init_from = "stage:<key>", or sorted.
+    classes: Annotated[
+        tuple[str, ...] | None, BeforeValidator(array), Field(exclude_if=lambda names: names is None)
+    ] = None   # unset it is in no dump: old digests hold
     standardise: bool = False                       # also divide by the training set's deviation (not the paper's)
     split: Split = Split()
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.001
+
+    @field_validator("classes")
+    @classmethod
+    def classes_stand_once(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        twice = sorted({name for name in names or () if (names or ()).count(name) > 1})
+        if names == () or twice:
+            found = f"{twice[0]!r} twice" if twice else "no name"
+            raise ValueError(f"expected each class once, got {found}; remove it, or the key")
+        return names
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -278,6 +292,7 @@ class StageTable(Frozen):
     mean: MeanOf | None = None                           # whose mean is subtracted; not given: see docs/reference/recipe.md
     fit: Fit = "sgd"
     freeze: Annotated[int, Field(ge=0, le=5)] = 0        # conv groups from the bottom that keep their weights
+    new_rows: NewRows | None = None                      # of classes that init_from = "stage:<key>" lacks; not given: "means"
     # of [net] and [data]
     head: Head | None = None
     features: Features | None = None

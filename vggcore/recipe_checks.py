@@ -17,7 +17,7 @@ Settings = Mapping[str, Any]
 PICTURE_TO_CROP = 256 / 224     # shorter side to crop where validation reads the pictures of random areas (Sec. 3.1's S)
 
 # What a stage's table says of itself; all its other keys take the place of a key of [net], [data], [augment] or [train].
-OWN = frozenset({"name", "net", "scale", "init_from", "mean", "fit", "freeze", "augment"})
+OWN = frozenset({"name", "net", "scale", "init_from", "mean", "fit", "freeze", "new_rows", "augment"})
 
 # Settings that only some stages use: when, and what to say of the others.
 USED: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -58,7 +58,8 @@ def written_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
     settings |= {name: getattr(table, name) for name in own_keys(table)}
     if table.augment is not None:
         settings |= {name: getattr(table.augment, name) for name in table.augment.model_fields_set}
-    return settings | {"net": table.net, "fit": table.fit, "freeze": table.freeze, "mean": table.mean}
+    own = {"net": table.net, "fit": table.fit, "freeze": table.freeze, "mean": table.mean}
+    return settings | own | {"new_rows": table.new_rows or "means"}
 
 
 def own_keys(table: "StageTable") -> set[str]:
@@ -161,6 +162,11 @@ def check_stage(table: "StageTable", stages: Mapping[str, Settings]) -> None:
         raise ValueError(f"{place}: freeze = {table.freeze}, but without init_from its layers are random; remove freeze")
     if table.freeze > top:
         raise ValueError(f"{place}: freeze = {table.freeze}, but its net ends after group {top}; freeze {top} at most")
+    if table.new_rows is not None and stored_key(parent) is None:
+        raise ValueError(
+            f'{place}: new_rows has no effect without init_from = "stage:<key>": only such a parent can have fewer classes;'
+            " remove it"
+        )
     if table.mean == "weights" and parent is None:
         raise ValueError(f'{place}: mean = "weights", but without init_from no weights bring one; remove mean')
     if table.fit == "logistic":
@@ -202,7 +208,7 @@ def check_logistic(table: "StageTable", stage: Settings) -> None:
             f'{place}: fit = "logistic" trains the last layer alone and needs init_from for all others, such as'
             ' "weights:keras/vgg16"'
         )
-    others = {name for name in ("augment", "freeze") if getattr(table, name)}
+    others = {name for name in ("augment", "freeze", "new_rows") if getattr(table, name)}
     unused = (own_keys(table) | others) - LOGISTIC_USES
     if unused:
         raise ValueError(f'{place}: {sorted(unused)[0]} has no effect with fit = "logistic"; remove it')

@@ -16,6 +16,7 @@ from vggcore.recipe import (
     Initialise,
     MeanOf,
     NetName,
+    NewRows,
     Optimiser,
     Precision,
     Recipe,
@@ -35,7 +36,7 @@ EXEMPT = frozenset({"name", "init_from", "weights_digest", "micro_batch", "check
 # Settings that came after format 1; the default is what all stages did before. With it, a stage keeps its old key.
 LATER = frozenset(
     {
-        *("all_reduce", "features", "mean", "fit", "freeze", "layer_decay"),
+        *("all_reduce", "features", "mean", "fit", "freeze", "new_rows", "layer_decay"),
         *("view", "flip_vertical", "quarter_turns", "area", "aspect", "mixup", "erase"),
         *("optimiser", "decay_biases", "rule", "warmup_epochs", "final_learning_rate"),
         *("label_smoothing", "balance", "class_weights", "average"),
@@ -80,6 +81,7 @@ class Stage(Frozen):
     mean: MeanOf | None = None            # whose mean and deviation; None: not chosen yet (training.parents), or "data"
     fit: Fit = "sgd"
     freeze: int = 0
+    new_rows: NewRows = "means"           # first weights of the last layer for classes that the parent lacks
     layer_decay: float = 1.0
     view: View = "crop"
     flip_vertical: bool = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vggcore.class_order import added_classes
 from vggcore.errors import RecipeError
 from vggcore.nets import FC_NAMES, Vgg, conv_names, net_modules
 from vggcore.recipe import Features, Head, NetName
@@ -37,11 +38,15 @@ class ParentNet:
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """Where a layer's first weights come from; layer: its place, "conv3_2" or "fc1"; source: None for random weights."""
+    """Where a layer's first weights come from; layer: its place, "conv3_2" or "fc1"; source: None for random weights.
+
+    added: classes whose rows of the last layer the source does not give.
+    """
 
     layer: str
     module: str
     source: str | None
+    added: tuple[str, ...] = ()
 
 
 def stage_shapes(stage: Stage, classes: int) -> dict[str, tuple[int, ...]]:
@@ -76,20 +81,34 @@ def taken_tensors(stage: Stage, classes: Sequence[str], parent: ParentNet) -> di
 
     From published weights: every conv of equal place and shape; with the paper's head also FC-1 and FC-2 where they fit,
     and the last layer where the classes are the same in the same order. From a stage: of the same net every conv, of
-    another the four of Sec. 3.1; with the same head also its FC layers. Raises RecipeError where nothing fits, or where
-    what a stage has to give has another shape (width, crop or classes differ).
+    another the four of Sec. 3.1; with the same head also its FC layers; of the last one as many rows as it has classes,
+    which are the child's first. Raises RecipeError where nothing fits, or where what a stage has to give has another shape
+    (width, crop or classes differ).
     """
     shapes = stage_shapes(stage, len(classes))
     place = f"stage {stage.name!r}: net {stage.net} from {parent.name}"
     modules = taken_convs(stage, shapes, parent, place) | taken_head(stage, classes, shapes, parent)
     taken = {f"{to}.{kind}": f"{source}.{kind}" for to, source in modules.items() for kind in KINDS}
+    grown = last_layer(stage) if new_classes(stage, classes, parent) else None
     for name, source in taken.items():
-        if parent.shapes.get(source) != shapes[name]:
+        rows = (len(parent.classes or ()),) if name.rpartition(".")[0] == grown else shapes[name][:1]
+        if parent.shapes.get(source) != rows + shapes[name][1:]:
             raise RecipeError(
                 f"{place}: its {source} is {parent.shapes.get(source, 'absent')}, expected {shapes[name]} for {name};"
                 " give parent and child the same width and, with FC layers, the same crop and classes"
             )
     return taken
+
+
+def last_layer(stage: Stage) -> str:
+    """The module whose rows are the classes."""
+    return FC_NAMES[stage.head][-1]
+
+
+def new_classes(stage: Stage, classes: Sequence[str], parent: ParentNet) -> tuple[str, ...]:
+    """The classes whose rows a parent's last layer lacks, while it gives those of all before; else ()."""
+    gives = not parent.published and same_head(stage, parent)
+    return (added_classes(parent.classes or (), classes) or ()) if gives else ()
 
 
 def taken_convs(stage: Stage, shapes: Shapes, parent: ParentNet, place: str) -> dict[str, str]:
@@ -120,9 +139,12 @@ def taken_head(stage: Stage, classes: Sequence[str], shapes: Shapes, parent: Par
         if parent.classes == tuple(classes) and shapes[last] == parent.shapes.get(last):
             fit.append(names[-1])
         return {name: name for name in fit}
-    if parent.head != stage.head or not same_features(stage.features, parent.features):
-        return {}
-    return {name: name for name in names}
+    return {name: name for name in names} if same_head(stage, parent) else {}
+
+
+def same_head(stage: Stage, parent: ParentNet) -> bool:
+    """Whether the FC layers of both see the same values."""
+    return parent.head == stage.head and same_features(stage.features, parent.features)
 
 
 def same_features(one: Features | None, other: Features | None) -> bool:
@@ -132,10 +154,17 @@ def same_features(one: Features | None, other: Features | None) -> bool:
     return (one.groups, one.pool, len(one.scales or ())) == (other.groups, other.pool, len(other.scales or ()))
 
 
-def layer_origins(stage: Stage, taken: Mapping[str, str], parent: ParentNet | None) -> list[LayerOrigin]:
-    """Where each layer's first weights come from, from the bottom up."""
+def layer_origins(
+    stage: Stage, taken: Mapping[str, str], parent: ParentNet | None, added: tuple[str, ...] = ()
+) -> list[LayerOrigin]:
+    """Where each layer's first weights come from, from the bottom up; added: see new_classes."""
     return [
-        LayerOrigin(layer, module, parent.name if parent is not None and f"{module}.weight" in taken else None)
+        LayerOrigin(
+            layer,
+            module,
+            parent.name if parent is not None and f"{module}.weight" in taken else None,
+            added if module == last_layer(stage) else (),
+        )
         for layer, module in layer_modules(stage).items()
     ]
 
@@ -155,9 +184,13 @@ def check_given(stage: Stage, origins: Sequence[LayerOrigin]) -> None:
 
 
 def copy_tensors(net: Vgg, source: Mapping[str, Tensor], taken: Mapping[str, str]) -> None:
-    """Sets the tensors of `net` that `taken` names, in place; shapes were checked by taken_tensors."""
+    """Sets the tensors of `net` that `taken` names, in place; shapes were checked by taken_tensors.
+
+    A last layer with fewer rows, one a class, sets the first ones.
+    """
     state = net.state_dict()
     with torch.no_grad():
         for name, parents in taken.items():
-            assert state[name].shape == source[parents].shape, f"{name}: {tuple(source[parents].shape)}"
-            state[name].copy_(source[parents])
+            rows = state[name][: len(source[parents])]
+            assert rows.shape == source[parents].shape, f"{name}: {tuple(source[parents].shape)}"
+            rows.copy_(source[parents])

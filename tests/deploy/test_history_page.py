@@ -63,3 +63,22 @@ def test_the_page_shows_them_too_escaped(pipeline, tmp_path):
     section = Path(page).read_text().partition("Decided by hand")[2].partition("</section>")[0]
     rows = section.partition("</caption>")[2]
     assert "rolled back" in rows and "ada" in rows and "complaints &lt;b&gt;" in rows and "promoted" not in rows
+
+
+def test_new_classes_stand_below_the_tick_and_the_decision_that_they_belong_to(pipeline, tmp_path):
+    new = {"name": "<ant>", "pictures": 4, "recall": 0.5, "precision": 1.0, "taken_for": [["cat", 2]], "taken_from": []}
+    tick = pipeline.run.store / "retraining" / "weekly" / "ticks" / "1"
+    (tick / "gate.json").write_text(json.dumps({"at": "2026-11-24T02:39:00.000Z", "decision": {"new_classes": [new]}}))
+    history = pipeline.run.store / "registry" / "solar" / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    by_ada = {**lines[1], "action": "promoted", "version": "3", "decision": {"new_classes": [new]}}
+    history.write_text("".join(json.dumps(line) + "\n" for line in (*lines, by_ada)))
+
+    text = history_text(ticks_of(pipeline), by_hand(pipeline))
+    write_page(pipeline, ticks_of(pipeline), by_hand(pipeline), tmp_path / "page.html")
+
+    words = "new class '<ant>': recall 50.0 %, precision 100.0 % on 4 test pictures of it; taken for 'cat' 2 times"
+    shown = text.splitlines()
+    assert shown[2].strip() == words and shown[-1].strip() == words and shown[-2].startswith("by hand")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("&lt;ant&gt;") == 2 and "<ant>" not in page

@@ -75,7 +75,8 @@ def test_a_name_and_a_recipe_are_enough(write):
 
 
 def test_the_gate_table_has_the_gates_own_rules_and_defaults():
-    assert {name: field.default for name, field in Gate.model_fields.items()} == {
+    own = {"new_classes": "person"}      # of who is asked, not of what is asked
+    assert {name: field.default for name, field in Gate.model_fields.items()} == own | {
         field.name: field.default for field in fields(GateRules)
     }
 
@@ -95,6 +96,8 @@ MISTAKES = [
     ('"30 2 * * 1-5"',                   '"0 0 1 * 1"',                         ["[timetable] cron", "set one of them to *"]),
     ("Europe/Berlin",                    "Europe/Berln",                        ["[timetable] time_zone", "'Europe/Berln'", "did you mean 'Europe/Berlin'?"]),
     ('warm = "scratch"',                 'warm = "scratch"\nlearning_rate = 0.1', ["[start]", "learning_rate has no effect", 'warm = "champion"']),
+    ('warm = "scratch"',                 'warm = "scratch"\nnew_rows = "random"', ["[start]", "new_rows has no effect", 'warm = "champion"']),
+    ('metric = "balanced"',              'new_classes = "me"',                  ["[gate] new_classes", "found 'me'", "'person' or 'gate'"]),
     ('max_age = "30d"',                  'max_age = "a month"',                 ["[start] max_age", "'a month'", "'30d'"]),
     ("workers = 2",                      "workers = 0",                         ["[run] workers", "found 0"]),
     ("workers = 2",                      'workers = "3:1"',                     ["[run] workers", "found 3:1", "MIN:MAX"]),

@@ -1,13 +1,13 @@
 """A warm start: the champion's stage goes on from its weights where it can; where it can't, the whole schedule, and why."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from deploy.warm_start import Beginning, choose_beginning, warm_recipe
+from deploy.warm_start import Beginning, choose_beginning, in_known_order, warm_recipe
 from training.store import Store
 from vggcore.recipe import parse_recipe
 from vggcore.schedule import resolve_stages, stage_keys
@@ -84,7 +84,7 @@ def test_what_cannot_start_warm_trains_the_whole_schedule_and_says_why(store):
         chosen(store, changed=True).why,
         chosen(store, by=champion(key=None)).why,
         chosen(store, by=champion(key="f" * 16)).why,
-        chosen(store, classes=("cat", "dog", "fox")).why,
+        chosen(store, classes=("cat",)).why,
         chosen(store, classes=("dog", "cat")).why,
         chosen(store, recipe=renamed).why,
         chosen(store, recipe=wider).why,
@@ -101,6 +101,40 @@ def test_what_cannot_start_warm_trains_the_whole_schedule_and_says_why(store):
         "the recipe has no stage 'D-72', which version 3, the champion, comes from",
         "width is 0.5, but 1.0 in version 3, the champion",
     ]
+
+
+def test_new_classes_after_the_champions_own_start_warm_and_others_do_not(store):
+    found = chosen(store, classes=("cat", "dog", "ant", "fox"))
+
+    assert (found.warm, found.new_classes) == (True, ("ant", "fox"))
+    assert found.why == "from version 3, the champion, with new classes 'ant', 'fox'"
+    assert Beginning.from_json(json.loads(json.dumps(asdict(found)))) == found
+    for others in (("ant", "cat", "dog"), ("cat", "ant", "dog"), ("cat", "ant")):
+        assert not chosen(store, classes=others).warm
+
+
+def test_a_warm_recipe_for_new_classes_keeps_the_champions_order_and_says_how_their_rows_begin(store):
+    grown = chosen(store, classes=("cat", "dog", "ant"))
+    place = Path("/somewhere/pets.toml")
+
+    recipe, text = warm_recipe(
+        parsed(), grown, learning_rate=None, seed=4, place=place, classes=CLASSES, new_rows="random"
+    )
+
+    assert recipe.data.classes == CLASSES and resolve_stages(recipe)[0].new_rows == "random"
+    assert parse_recipe(text, place="again", folder=Path("/elsewhere")) == recipe
+
+
+def test_a_whole_schedule_keeps_the_champions_order_too_and_a_recipe_that_has_one_is_left_as_it_is():
+    place = Path("/somewhere/pets.toml")
+    own = RECIPE.replace('root = "pictures"', 'root = "pictures"\nclasses = ["dog"]')
+
+    recipe, text = in_known_order(parsed(), RECIPE, ("dog", "cat"), place)
+
+    assert recipe.data.classes == ("dog", "cat") and recipe.stages == parsed().stages
+    assert parse_recipe(text, place="again", folder=Path("/elsewhere")) == recipe
+    assert in_known_order(parsed(), RECIPE, (), place) == (parsed(), RECIPE)
+    assert in_known_order(parsed(own), own, ("dog", "cat"), place) == (parsed(own), own)
 
 
 def test_a_warm_recipe_is_one_stage_of_the_recipe_with_another_beginning(store):

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from pipelines.colour import Colour
-from training.parents import check_parents, parent_of, published_ancestor, recorded_colour, settle, stage_colour
+from training.parents import (
+    check_parents,
+    known_order,
+    parent_of,
+    published_ancestor,
+    recorded_colour,
+    settle,
+    stage_colour,
+)
 from training.store import Store
 from vggcore.errors import RecipeError, StoreError
 from vggcore.nets import build_net
@@ -60,8 +68,12 @@ DATA = Colour(mean=np.array([1.0, 2.0, 3.0]), deviation=np.full(3, 50.0), axes=n
 THEIRS = [123.68, 116.779, 103.939]
 
 
+def recipe_of(text=RECIPE):
+    return parse_recipe(text, place="pets.toml", folder=Path("/somewhere"))
+
+
 def stages_of(text=RECIPE):
-    return resolve_stages(parse_recipe(text, place="pets.toml", folder=Path("/somewhere")))
+    return resolve_stages(recipe_of(text))
 
 
 def keys_of(stages):
@@ -131,6 +143,35 @@ def test_a_parent_that_is_absent_unfinished_or_of_other_classes_is_refused_befor
     (store.stage(KEY) / "stage.json").unlink()
     with pytest.raises(StoreError, match=r"stage 'D-36': .* is not in store .*`vggrow plan` prints keys"):
         settle(stages_of(), store, HERE)
+
+
+def test_a_parent_may_lack_the_last_classes_and_no_others(store):
+    stages = settle(stages_of(RECIPE.replace('net = "D"', 'net = "A"')), store, HERE)
+    random = (stages[0].model_copy(update={"new_rows": "random"}), *stages[1:])
+
+    origins = check_parents(stages, store, ["cat", "dog", "ant"])
+    parent = parent_of(stages[0], stages, keys_of(stages), store, ["cat", "dog", "ant"])
+
+    assert [origin.added for origin in origins["D-36"]][-1] == ("ant",) == parent.added
+    assert all(origin.added == () for origin in (*origins["D-36"][:-1], *origins["D-48"]))
+    check_parents(random, store, ["cat", "dog", "ant"])
+    for classes in (["ant", "cat", "dog"], ["cat", "ant"], ["cat"]):
+        with pytest.raises(RecipeError, match=r"knows the classes cat, dog, but .* others after them \(\[data\] classes"):
+            check_parents(stages, store, classes)
+    with pytest.raises(RecipeError, match=r"stage 'D-36': new_rows has no effect: 'stage:0123.*' gives no last layer"):
+        check_parents(random, store, CLASSES)
+
+
+def test_the_known_order_is_the_recipes_else_that_of_the_parent_in_the_store(store):
+    data, stages = recipe_of().data, stages_of()
+    change(store, classes=["dog", "cat"])
+
+    assert known_order(stages, store, data) == ("dog", "cat")
+    assert known_order(stages, store, data.model_copy(update={"classes": ("cat",)})) == ("cat",)
+    assert known_order([stage.model_copy(update={"init_from": None}) for stage in stages], store, data) == ()
+    (store.stage(KEY) / "stage.json").unlink()
+    with pytest.raises(StoreError, match="is not in store"):
+        known_order(stages, store, data)
 
 
 def test_a_parent_of_another_width_is_refused_before_anything_starts(store):

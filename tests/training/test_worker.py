@@ -75,6 +75,7 @@ def job_of(world, **changes) -> StageJob:
         key="0" * 16,
         store=store.root,
         fingerprint=manifest.fingerprint,
+        classes=manifest.classes,
         parent=None,
         colour=manifest.colour,
         lock="stage-test",

@@ -100,6 +100,7 @@ CHANGES = [
     ("mixup",            "[augment]\nmixup = 0.2", "", ALL),
     ("erase",            "[augment]\nerase = 0.25", "", ALL),
     ("freeze",           "freeze = 1\nlearning_rate = 1e-3", "learning_rate = 1e-3", {"D-384"}),
+    ("new_rows",         'init_from = "stage:0123456789abcdef"\nnew_rows = "random"', 'init_from = "D-256"', {"D-384"}),
     ("mean",             'mean = "weights"\nlearning_rate = 1e-3', "learning_rate = 1e-3", {"D-384"}),
     ("features",         '[net]\nhead = "linear"\nfeatures = { groups = [3] }', "", ALL),
     ("fit",              'fit = "logistic"\nhead = "linear"', "learning_rate = 1e-3\nmax_epochs = 20", {"D-384"}),
@@ -140,6 +141,14 @@ def test_a_setting_that_came_later_leaves_the_keys_of_who_does_not_use_it():
 
     assert keys_of(RECIPE)["A-256"] == "63871f13f3792613"      # as stores have it that were made before [train] all_reduce
     assert Stage.model_validate(stage.model_dump(exclude=set(LATER))) == stage
+
+
+def test_how_new_classes_begin_is_part_of_the_key():
+    text = RECIPE.replace('init_from = "D-256"', 'init_from = "stage:0123456789abcdef"')
+    means, random = (text.replace("scale = 384", f'scale = 384\nnew_rows = "{how}"') for how in ("means", "random"))
+
+    assert keys_of(text) == keys_of(means)
+    assert {name for name, key in keys_of(random).items() if key != keys_of(text)[name]} == {"D-384"}
 
 
 def test_every_setting_of_a_stage_is_in_the_table_above_or_exempt_by_name():

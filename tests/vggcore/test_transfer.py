@@ -13,6 +13,7 @@ from vggcore.transfer import (
     check_given,
     copy_tensors,
     layer_origins,
+    new_classes,
     stage_net,
     stage_shapes,
     taken_tensors,
@@ -107,7 +108,7 @@ def test_from_another_head_come_the_convs_alone():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"classes": CLASSES[:3]}, r"its classifier\.6\.weight is \(3, 512\), expected \(4, 512\).*same crop and classes"),
+        ({"classes": CLASSES[1:]}, r"its classifier\.6\.weight is \(3, 512\), expected \(4, 512\).*same crop and classes"),
         ({"crop": 64}, r"its classifier\.0\.weight is \(512, 256\), expected \(512, 64\).*same crop"),
         ({"width": 1 / 16}, r"its features\.0\.weight is \(4, 3, 3, 3\), expected \(8, 3, 3, 3\).*same width"),
     ],
@@ -159,3 +160,34 @@ def test_random_layers_can_be_neither_frozen_nor_below_a_logistic_fit():
     check(net="A", freeze=5)
     with pytest.raises(RecipeError, match=r"conv1_2 of net D .* fit = \"logistic\" trains the last layer alone"):
         check(**linear)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [{}, {"head": "compact"}, {"head": "linear", "features": Features(groups=(2, 3), scales=(36,))}],
+    ids=["paper", "compact", "linear"],
+)
+def test_rows_of_old_classes_are_kept_and_those_of_new_ones_are_left_to_be_made(same):
+    child, old = stage(**same), parent(net="D", classes=CLASSES[:2], **same)
+    source = {name: torch.full(shape, 7.0) for name, shape in old.shapes.items()}
+    built = build_net("D", classes=len(CLASSES), **child.net_settings)
+    initialise_net(built, "he", width=1 / 8, seed=1, name="child")
+    last = FC_NAMES[child.head][-1]
+    before = built.get_submodule(last).weight.detach().clone()
+
+    taken = taken_tensors(child, CLASSES, old)
+    copy_tensors(built, source, taken)
+
+    after = built.get_submodule(last).weight.detach()
+    assert (after[:2] == 7).all() and torch.equal(after[2:], before[2:])
+    assert set(taken) == set(stage_shapes(child, len(CLASSES)))
+    assert new_classes(child, CLASSES, old) == CLASSES[2:]
+    origins = layer_origins(child, taken, old, new_classes(child, CLASSES, old))
+    assert [origin.added for origin in origins if origin.module == last] == [CLASSES[2:]]
+    assert all(origin.added == () for origin in origins if origin.module != last)
+
+
+def test_from_another_head_no_row_comes_so_none_is_new():
+    assert new_classes(stage(), CLASSES, parent(classes=CLASSES[:2], head="compact")) == ()
+    assert new_classes(stage(), CLASSES, parent()) == ()
+    assert new_classes(stage(), CLASSES, published(classes=CLASSES[:2], head="paper")) == ()
