@@ -19,7 +19,8 @@ from deploy.machine import Machine, this_machine
 from deploy.pipeline_file import load_pipeline
 from deploy.plan_table import kept_for_backward, plan
 from deploy.starter import choose_scales, choose_scratch, share_out
-from deploy.starter_tables import facts_for, recipe_tables
+from deploy.starter_lines import facts_for
+from deploy.starter_tables import recipe_tables
 from pipelines.folder_look import FolderLook, Sizes, look_at_folder
 from pipelines.scan import scan
 from training.store import open_store
