@@ -46,25 +46,38 @@ def from_scratch(facts: Facts) -> list[Table]:
 
 
 def from_weights(facts: Facts, weights: PublishedWeights) -> list[Table]:
-    """A linear stage on published weights, and beside it a small net from scratch where that is cheap."""
+    """A linear stage on published weights, and before it a small net from scratch where that is cheap.
+
+    The linear stage is the last: of stages that are equal on val the later is registered.
+    """
     scratch = facts.scratch
     cheap = scratch.hours <= rules.CHEAP_HOURS and not scratch.is_papers and len(scratch.nets) == 1
-    names = [f"{weights.net}-linear", *(scratch_names(scratch) if cheap else [])]
-    tables = [
+    names = [*(scratch_names(scratch) if cheap else []), f"{weights.net}-linear"]
+    return [
         data_table(facts, Setting("standardise", False, "published weights have no deviation to divide by")),
         Table("[net]", (Setting("head", "linear", "conv groups, pooled over all places, then one linear layer"),)),
         Table("[train]", train_settings(facts) if cheap else (precision_setting(facts),)),
-        Table("[[stage]]", linear_stage(facts, weights, names[0])),
+        *([Table("[[stage]]", beside_weights(facts, names))] if cheap else []),
+        Table("[[stage]]", linear_stage(facts, weights, names[-1])),
+        *([Table("[evaluate]", stages_evaluated(names))] if cheap else []),
+        register_table(facts, names),
     ]
-    if cheap:
-        own = scratch_stage(facts, names[1:], 0)
-        views = {setting.key: setting.value for setting in augment_settings(facts)}
-        reason = "; ".join(setting.reason for setting in augment_settings(facts)[-2:])
-        beside = (*linear_head()[1:], *small_net(facts), HE_STANDARDISE, Setting("augment", views, reason))
-        first = own[0]._replace(reason="a small net from scratch, to compare with")
-        tables.append(Table("[[stage]]", (first, *own[1:], *beside)))
-        tables.append(Table("[evaluate]", stages_evaluated(names)))
-    return [*tables, register_table(facts, names)]
+
+
+def beside_weights(facts: Facts, names: Sequence[str]) -> tuple[Setting, ...]:
+    """A small net from scratch with all its settings in its own table; the same stage as without --from, by its key."""
+    first, *own = scratch_stage(facts, names, 0)
+    views = augment_settings(facts)
+    augment = {setting.key: setting.value for setting in views}
+    reason = "; ".join(setting.reason for setting in views[1:])
+    return (
+        first._replace(reason="a small net from scratch, to compare with"),
+        *own,
+        *linear_head()[1:],
+        *small_net(facts),
+        HE_STANDARDISE,
+        Setting("augment", augment, reason),
+    )
 
 
 def papers_way(facts: Facts) -> list[Table]:
