@@ -8,7 +8,8 @@ from pathlib import Path
 
 from deploy import starter_files as files
 from deploy.machine import Machine, this_machine
-from deploy.starter_tables import Facts, facts_for, notes, recipe_tables
+from deploy.starter_lines import Facts, facts_for
+from deploy.starter_tables import notes, recipe_tables
 from pipelines.folder_look import look_at_folder
 from pipelines.sources import is_utf8, printable
 from training.published.library import find_weights, list_weights

@@ -43,16 +43,15 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
     ]
     wrong = verdict(line.measured, yardsticks)
     if wrong:
-        stage = next(stage for stage in line.stages if stage.name == line.registered_stage)
         opened = Store(Path(store).expanduser().absolute())
-        known = published_ancestor(stage, line.stages, opened) is not None
+        known = any(published_ancestor(stage, line.stages, opened) for stage in line.stages)
         weights = [record.name for record in list_weights(opened)]
         parts += ["", *wrong, what_to_try(pictures, known, weights, command, elsewhere)]
     return "\n".join(parts)
 
 
 def what_to_try(pictures: Path | None, from_weights: bool, weights: Sequence[str], command: str, elsewhere: str) -> str:
-    """The next step after a poor result. weights: the published ones in the store; from_weights: it started from some."""
+    """The next step after a poor result. weights: the published ones in the store; from_weights: a stage started from some."""
     if from_weights:
         return "try: mend wrong labels (the report shows the worst pictures), larger features.scales, or more pictures"
     name = weights[0] if weights else PUBLISHED

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.pipeline_file import load_pipeline
+from deploy.starter_lines import Facts, Setting, Table
 from deploy.starter_rules import UNEVEN
-from deploy.starter_tables import Facts, Setting, Table
 from training.store import DEFAULT_STORE
 from vggcore.errors import RecipeError
 from vggcore.recipe import GATE, parse_recipe

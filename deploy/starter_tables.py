@@ -1,59 +1,23 @@
 """The tables of a starter recipe: each key with its value and the reason for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from deploy import starter_rules as rules
-from deploy.machine import Machine
-from deploy.starter import Float, Scratch, Sharing, choose_scales, choose_scratch, micro_batch, share_out
-from pipelines.folder_look import FolderLook
+from deploy.starter import Scratch, choose_scales, micro_batch
+from deploy.starter_lines import (
+    FLIP,
+    UPSIDE_DOWN,
+    Facts,
+    Setting,
+    Table,
+    about,
+    data_table,
+    precision_setting,
+    register_table,
+    stages_evaluated,
+)
 from vggcore.published import PublishedWeights
 from vggcore.recipe import GATE
-
-
-class Setting(NamedTuple):
-    """A line of the recipe: a key, its value, and why."""
-
-    key: str
-    value: Any
-    reason: str
-
-
-class Table(NamedTuple):
-    """A table of the recipe; the heading of the first, top one is empty."""
-
-    heading: str
-    settings: tuple[Setting, ...]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """All that a recipe is chosen by."""
-
-    look: FolderLook
-    machine: Machine
-    root: str                               # the folder, as the recipe has it
-    sharing: Sharing
-    scratch: Scratch
-    weights: PublishedWeights | None
-
-    @property
-    def precision(self) -> Float:
-        """bfloat16 where the hardware has it."""
-        return "bf16" if self.machine.bf16 else "fp32"
-
-
-def facts_for(
-    look: FolderLook, machine: Machine, *, root: str, weights: PublishedWeights | None, with_gate: bool
-) -> Facts:
-    """What to choose by. weights: published ones to start from, None: from random weights; with_gate: a gate split as well.
-
-    Raises DatasetError for a class too small for the splits.
-    """
-    sharing = share_out(look, with_gate=with_gate)
-    scratch = choose_scratch(look, machine, sharing.train, "bf16" if machine.bf16 else "fp32")
-    return Facts(look, machine, root, sharing, scratch, weights)
 
 
 def recipe_tables(facts: Facts, name: str) -> list[Table]:
@@ -82,25 +46,38 @@ def from_scratch(facts: Facts) -> list[Table]:
 
 
 def from_weights(facts: Facts, weights: PublishedWeights) -> list[Table]:
-    """A linear stage on published weights, and beside it a small net from scratch where that is cheap."""
+    """A linear stage on published weights, and before it a small net from scratch where that is cheap.
+
+    The linear stage is the last: of stages that are equal on val the later is registered.
+    """
     scratch = facts.scratch
     cheap = scratch.hours <= rules.CHEAP_HOURS and not scratch.is_papers and len(scratch.nets) == 1
-    names = [f"{weights.net}-linear", *(scratch_names(scratch) if cheap else [])]
-    tables = [
+    names = [*(scratch_names(scratch) if cheap else []), f"{weights.net}-linear"]
+    return [
         data_table(facts, Setting("standardise", False, "published weights have no deviation to divide by")),
         Table("[net]", (Setting("head", "linear", "conv groups, pooled over all places, then one linear layer"),)),
         Table("[train]", train_settings(facts) if cheap else (precision_setting(facts),)),
-        Table("[[stage]]", linear_stage(facts, weights, names[0])),
+        *([Table("[[stage]]", beside_weights(facts, names))] if cheap else []),
+        Table("[[stage]]", linear_stage(facts, weights, names[-1])),
+        *([Table("[evaluate]", stages_evaluated(names))] if cheap else []),
+        register_table(facts, names),
     ]
-    if cheap:
-        own = scratch_stage(facts, names[1:], 0)
-        views = {setting.key: setting.value for setting in augment_settings(facts)}
-        reason = "; ".join(setting.reason for setting in augment_settings(facts)[-2:])
-        beside = (*linear_head()[1:], *small_net(facts), HE_STANDARDISE, Setting("augment", views, reason))
-        first = own[0]._replace(reason="a small net from scratch, to compare with")
-        tables.append(Table("[[stage]]", (first, *own[1:], *beside)))
-        tables.append(Table("[evaluate]", stages_evaluated(names)))
-    return [*tables, register_table(facts, names)]
+
+
+def beside_weights(facts: Facts, names: Sequence[str]) -> tuple[Setting, ...]:
+    """A small net from scratch with all its settings in its own table; the same stage as without --from, by its key."""
+    first, *own = scratch_stage(facts, names, 0)
+    views = augment_settings(facts)
+    augment = {setting.key: setting.value for setting in views}
+    reason = "; ".join(setting.reason for setting in views[1:])
+    return (
+        first._replace(reason="a small net from scratch, to compare with"),
+        *own,
+        *linear_head()[1:],
+        *small_net(facts),
+        HE_STANDARDISE,
+        Setting("augment", augment, reason),
+    )
 
 
 def papers_way(facts: Facts) -> list[Table]:
@@ -155,38 +132,6 @@ def papers_way(facts: Facts) -> list[Table]:
 
 
 HE_STANDARDISE = Setting("standardise", True, "narrow nets with He weights learn sooner")
-FLIP = Setting("flip", True, "mirror images; set false where left and right differ, as in digits, letters and signs")
-UPSIDE_DOWN = Setting(
-    "flip_vertical", False, "photographs have an up; set true where there is none (tiles, cells, views from above)"
-)
-
-
-def data_table(facts: Facts, standardise: Setting | None) -> Table:
-    """[data]: where the pictures are and how they are shared out."""
-    sizes, sharing = facts.look.sizes, facts.sharing
-    looked = f"{facts.look.pictures:,} pictures in {len(facts.look.counts):,} classes; {sizes.looked_at:,} headers were read"
-    counts = ", ".join(f"{number:,} {part}" for part, number in sharing.counts.items())
-    if sharing.rule is None:
-        split: dict[str, Any] = {"by": "folder"}
-        reason = f"the folders decide: {counts}"
-    else:
-        split = {name: value for name, value in sharing.rule.model_dump().items() if name != "group" and value}
-        left = ", ".join(f"{number:,} {part}" for part, number in sharing.fewest.items())
-        reason = f"{counts}; of the smallest class {left}"
-    settings = [Setting("root", facts.root, looked), Setting("split", split, reason)]
-    if sharing.rule is not None:
-        settings[1] = settings[1]._replace(reason=f"{reason}. {series_hint(facts)}")
-    return Table("[data]", (*settings, *([standardise] if standardise else [])))
-
-
-def series_hint(facts: Facts) -> str:
-    """What to do where pictures come in series, with the expression where folders inside the classes show them."""
-    if facts.look.subfolders > 1:
-        return (
-            f"{facts.look.subfolders:,} folders stand inside the classes: if each is a series (a patient, a machine), keep it"
-            """ in one split by { by = "group", group = "^[^/]+/(.+)/" }"""
-        )
-    return 'Pictures in series (one patient, one machine)? Use by = "group"'
 
 
 def linear_head() -> tuple[Setting, ...]:
@@ -243,13 +188,6 @@ def train_settings(facts: Facts) -> tuple[Setting, ...]:
     )
 
 
-def precision_setting(facts: Facts) -> Setting:
-    """bf16 where the hardware has it."""
-    if facts.machine.bf16:
-        return Setting("precision", "bf16", "in this machine's hardware: about twice as fast as fp32")
-    return Setting("precision", "fp32", "this machine has no bfloat16 in hardware")
-
-
 def scratch_names(scratch: Scratch) -> list[str]:
     """A-64, D-64: net and crop."""
     return [f"{net}-{scratch.crop}" for net in scratch.nets]
@@ -283,29 +221,6 @@ def linear_stage(facts: Facts, weights: PublishedWeights, name: str) -> tuple[Se
         Setting("features", features, scales + (f"; {chosen.why}" if chosen.why else "")),
         Setting("fit", "logistic", "exact; its penalty is chosen on val"),
     )
-
-
-def stages_evaluated(names: Sequence[str]) -> tuple[Setting, ...]:
-    """All stages, where there are several."""
-    return (Setting("stages", tuple(names), "all of them on test, to compare"),) if len(names) > 1 else ()
-
-
-def register_table(facts: Facts, names: Sequence[str]) -> Table:
-    """[register]: which stage, and what the first champion needs."""
-    largest = max(facts.look.counts, key=lambda label: facts.look.counts[label])
-    share = facts.look.counts[largest] / facts.look.pictures
-    floor = Setting("floor", round(share, 2), f"test top-1 that the first champion needs: {largest!r} alone is {share:.1%}")
-    best = (Setting("stage", "best on val", "test reports, and decides nothing"),) if len(names) > 1 else ()
-    return Table("[register]", (*best, floor))
-
-
-def about(hours: float) -> str:
-    """A rough time: "about 3 minutes"."""
-    for unit, size in (("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600)):
-        number = hours / size
-        if number >= 1.5 or unit == "seconds":
-            return f"roughly {max(1, round(number)):,} {unit}"
-    raise AssertionError("seconds are always told")
 
 
 def notes(facts: Facts) -> list[str]:

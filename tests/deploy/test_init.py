@@ -19,7 +19,8 @@ from deploy.machine import Machine, this_machine
 from deploy.pipeline_file import load_pipeline
 from deploy.plan_table import kept_for_backward, plan
 from deploy.starter import choose_scales, choose_scratch, share_out
-from deploy.starter_tables import facts_for, recipe_tables
+from deploy.starter_lines import facts_for
+from deploy.starter_tables import recipe_tables
 from pipelines.folder_look import FolderLook, Sizes, look_at_folder
 from pipelines.scan import scan
 from training.store import open_store
@@ -225,13 +226,25 @@ def test_published_weights_give_a_linear_stage_and_a_small_net_beside_it(tmp_pat
     init_recipe(asked(folder, weights="weights:keras/vgg16_notop"), machine=LAPTOP)
 
     recipe = load_recipe(tmp_path / "pets.toml")
-    linear, small = recipe.stages
+    small, linear = recipe.stages
     assert (linear.fit, linear.init_from, linear.net) == ("logistic", "weights:keras/vgg16_notop", "D")
     assert linear.features is not None
     assert (linear.features.groups, linear.features.pool, linear.features.scales) == ((3, 4), "both", (96, 160))
     assert small.init_from is None and small.net == "A" and recipe.register_.stage == "best on val"
     stages = plan(recipe, None, 1, tmp_path / "store").stages
-    assert [stage.mean for stage in stages] == ["weights", "data"]
+    assert [stage.mean for stage in stages] == ["data", "weights"]
+
+
+def test_the_small_net_is_the_same_stage_with_and_without_published_weights(tmp_path):
+    folder = pets(tmp_path / "pets")
+    published(tmp_path / "store")
+
+    init_recipe(asked(folder, out=tmp_path / "alone.toml"), machine=LAPTOP)
+    init_recipe(asked(folder, weights="weights:keras/vgg16_notop"), machine=LAPTOP)
+
+    stages = [resolve_stages(load_recipe(tmp_path / name))[0] for name in ("alone.toml", "pets.toml")]
+    keys = {stage.key(classes=["cat", "dog"], fingerprint="f", parent_key=None) for stage in stages}
+    assert [stage.name for stage in stages] == ["A-64", "A-64"] and len(keys) == 1
 
 
 @pytest.mark.parametrize(
