@@ -18,7 +18,7 @@ from deploy.tracking_address import artifact_location, check_tracking, resolve_t
 from pipelines.colour import Colour
 from vggcore.initialise import initialise_net
 from vggcore.nets import Vgg, build_net
-from vggcore.recipe import Head, NetName
+from vggcore.recipe import Features, Head, NetName
 from vggcore.schedule import Stage
 from vggcore.weights import save_weights
 
@@ -47,6 +47,8 @@ def stage_settings(net: NetName = "A", head: Head = "paper", **changes: Any) -> 
 def small_net(settings: dict[str, Any]) -> Vgg:
     """The net of these settings in eval mode, with He's weights and biases that are not zero."""
     shape = {name: settings[name] for name in ("head", "width", "crop", "dropout")}
+    if settings["features"]:
+        shape["features"] = Features.model_validate_json(json.dumps(settings["features"]))
     net = build_net(settings["net"], classes=len(CLASSES), **shape)
     initialise_net(net, "he", width=settings["width"], seed=settings["seed"], name=settings["name"])
     for place, (name, parameter) in enumerate(net.named_parameters()):

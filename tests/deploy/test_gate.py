@@ -121,7 +121,7 @@ REFUSALS = {
         (lambda new, old: (replace(new, labels=np.append(1, new.labels[1:])), old), "1 pictures have another label"),
         (lambda new, old: pair(0, 0, 0), "no picture"),
     ],
-    "protocol": [
+    "protocol": [   # a linear head's own, "pooled", is the one exception: see below
         (lambda new, old: (new, replace(old, protocol="centre")), "by dense at 256, the champion by centre at 256"),
         (lambda new, old: (replace(new, scales=(256, 384)), old), "dense at 256, 384"),
     ],
@@ -156,6 +156,16 @@ def test_a_better_challenger_is_refused_for_any_one_condition(name, facts, rules
 
     assert not decision.promote and failed(decision)[0] == name
     assert re.search(words, decision.reason)
+
+
+def test_a_linear_head_and_what_stands_beside_it_are_compared_as_they_are_served():
+    new, old = pair(40, 10)
+    linear = {"protocol": "pooled", "scales": (96, 160)}
+
+    for models in ((replace(new, **linear), old), (new, replace(old, **linear))):
+        decision = decide(*models, GateRules(), use=1)
+        check = next(check for check in decision.checks if check.name == "protocol")
+        assert check.passed and "pooled at" in check.found
 
 
 def test_all_planned_uses_can_be_had_and_no_more_than_alpha_is_spent():

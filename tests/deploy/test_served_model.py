@@ -100,6 +100,32 @@ def test_a_package_without_views_says_nothing_of_them(tmp_path):
     assert json.loads((tmp_path / MODEL_FILE).read_text())["protocol"] == {"name": "dense", "scales": [64, 80]}
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("pool", ["average", "maximum", "both"])
+@pytest.mark.parametrize("net", ["A", "A-LRN", "C"])
+@torch.inference_mode()
+def test_a_served_linear_head_pools_all_scales_of_the_whole_picture_and_its_mirror_image(tmp_path, net, pool, flip):
+    features = {"groups": [1, 3], "pool": pool, "scales": [40, 70], "flip": flip}
+    settings = stage_settings(net, "linear", features=features, fit="logistic", dropout=0.0)
+    trained = package(tmp_path, settings, protocol="pooled", scales=(40, 70))
+    pixels = noise(1, height=90, width=131)
+
+    found = served(tmp_path).python_model.posteriors(pixels)
+
+    values = []
+    for width, height in ((58, 40), (102, 70)):   # 131 * 40/90 = 58.2 and 131 * 70/90 = 101.9
+        images = scaled_less_mean(pixels, width, height) / deviation()
+        pooled = trained.pooled(images)
+        values.append((pooled + trained.pooled(images.flip(3))) / 2 if flip else pooled)
+    wanted = torch.softmax(trained.classifier(torch.cat(values, 1)), 1)[0].numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.ptp(found) > 1e-3
+    description = served(tmp_path).python_model.description
+    assert description["protocol"] == {"name": "pooled", "scales": [40, 70], "flip": flip}
+    kinds = [layer["kind"] for layer in description["layers"]]
+    assert kinds.count("pool_places") == 2 and kinds[-2:] == ["pool_places", "linear"]
+
+
 @torch.inference_mode()
 def test_no_deviation_divides_unless_the_net_was_trained_so(tmp_path):
     trained = package(tmp_path, stage_settings(standardise=False), protocol="centre", scales=(64,))

@@ -151,6 +151,51 @@ def test_a_warm_recipe_is_one_stage_of_the_recipe_with_another_beginning(store):
     assert stage_keys(resolve_stages(other[0]), classes=CLASSES, fingerprint="0" * 32).values() != {key}
 
 
+LINEAR = """
+name = "pets"
+[data]
+root = "pictures"
+[net]
+head = "linear"
+[train]
+momentum = 0.8
+drops = 1
+[register]
+stage = "tuned"
+[[stage]]
+name = "D-linear"
+net = "D"
+init_from = "weights:keras/vgg16"
+fit = "logistic"
+features = { groups = [3, 4], scales = [96, 160] }
+[[stage]]
+name = "tuned"
+net = "D"
+scale = 256
+init_from = "D-linear"
+learning_rate = 1e-4
+features = { groups = [3, 4] }
+"""
+
+
+def test_a_linear_champion_is_fitted_again_on_its_own_convs(store):
+    stage = resolve_stages(parsed(LINEAR))[0].model_dump(mode="json")
+    (store.stage(KEY) / "stage.json").write_text(
+        json.dumps({"name": "D-linear", "classes": list(CLASSES), "stage": stage})
+    )
+    begins = chosen(store, recipe=parsed(LINEAR))
+
+    recipe, text = warm_recipe(parsed(LINEAR), begins, learning_rate=1e-5, seed=5, place=Path("/somewhere/pets.toml"))
+
+    (warm,) = resolve_stages(recipe)
+    plain = resolve_stages(parsed(LINEAR))[0]
+    assert warm == plain.model_copy(update={"name": "D-linear-warm", "init_from": f"stage:{KEY}", "seed": 5})
+    assert "learning_rate" not in text
+    assert parse_recipe(text, place="again", folder=Path("/elsewhere")) == recipe
+    other = parsed(LINEAR.replace("groups = [3, 4], scales", "groups = [4], scales"))
+    assert chosen(store, recipe=other).why.startswith("features is {'groups': [4]")
+
+
 def test_a_champion_that_was_itself_warm_is_gone_on_from(store):
     about = store.stage(KEY) / "stage.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "name": "D-72-warm"}))
