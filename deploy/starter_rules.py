@@ -74,5 +74,6 @@ D_GMACS           = 15.5
 D_TO_GROUP_4_GMACS = 14.0
 GROUP_CHANNELS    = {3: 256, 4: 512}                 # Table 1
 KEPT_MIB          = {"bf16": 41.0, "fp32": 70.0}     # of net D
+UNKNOWN_GIB       = 8.0         # taken for a machine's memory where it cannot be read; ours
 MEMORY_SHARE      = 0.6         # of the GPU's, or of this machine's memory, for what a forward pass keeps
 # fmt: on
