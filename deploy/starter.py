@@ -142,14 +142,14 @@ def gflops(machine: Machine, rates: Mapping[str, float], precision: Float) -> fl
 def choose_scales(look: FolderLook, machine: Machine, precision: Float) -> Scales:
     """The largest scales of a linear stage that the pictures' sizes, the time and the memory allow."""
     side = look.sizes.shorter[1]
-    fitting = [scales for scales in rules.SCALES if scales[-1] <= rules.SCALE_TO_SIDE * side] or [rules.SMALLEST_SCALES]
+    fitting = [scales for scales in rules.SCALES if scales[-1] <= rules.SCALE_TO_SIDE * side] or [rules.SMALL_SCALES]
     why = "" if fitting[0] is rules.SCALES[0] else f"pictures are small ({side} px)"
     for scales in fitting:
         hours = features_hours(look, machine, precision, scales)
-        if hours <= rules.LINEAR_HOURS and features_gib(look.pictures, scales) <= rules.MEMORY_SHARE * machine.memory_gib:
+        if hours <= rules.LINEAR_HOURS and features_gib(look.pictures, scales) <= rules.MEMORY_SHARE * memory_gib(machine):
             return Scales(scales, hours, why)
         why = f"larger ones would take more than {rules.LINEAR_HOURS:g} h or {rules.MEMORY_SHARE:.0%} of memory here"
-    return Scales(fitting[-1], features_hours(look, machine, precision, fitting[-1]), why)
+    return Scales(rules.FAST_SCALES, features_hours(look, machine, precision, rules.FAST_SCALES), why)
 
 
 def features_hours(look: FolderLook, machine: Machine, precision: Float, scales: Sequence[int]) -> float:
@@ -165,8 +165,13 @@ def features_gib(pictures: int, scales: Sequence[int]) -> float:
     return pictures * values * FLOAT64_BYTES / 2**30
 
 
+def memory_gib(machine: Machine) -> float:
+    """The machine's memory, a modest one where it is not known."""
+    return machine.memory_gib or rules.UNKNOWN_GIB
+
+
 def micro_batch(machine: Machine, precision: Float, size: Size) -> int:
     """Pictures a forward pass that the memory holds, a power of two; 0 where the whole batch fits."""
-    memory = rules.MEMORY_SHARE * 1024 * (machine.gpu_gib if machine.gpu else machine.memory_gib)
+    memory = rules.MEMORY_SHARE * 1024 * (machine.gpu_gib if machine.gpu else memory_gib(machine))
     fit = int(memory / (rules.KEPT_MIB[precision] * size.width * (size.crop / 224) ** 2))
     return 0 if fit >= size.batch else 2 ** int(math.log2(max(fit, 1)))

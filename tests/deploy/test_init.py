@@ -252,6 +252,7 @@ def test_the_small_net_is_the_same_stage_with_and_without_published_weights(tmp_
     [
         ({"a": 900, "b": 900}, 300, LAPTOP, (96, 160)),
         ({"a": 900, "b": 900}, 60, LAPTOP, (96,)),
+        ({"a": 900, "b": 900}, 32, LAPTOP, (32, 64)),
         ({"a": 900, "b": 900}, 8, LAPTOP, (32, 64)),
         ({"a": 20_000, "b": 20_000}, 300, LAPTOP, (96,)),
         ({"a": 90_000, "b": 90_000}, 300, LAPTOP, (64,)),
