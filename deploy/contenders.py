@@ -175,8 +175,8 @@ def score_both(
 ) -> tuple[Score, Score]:
     """Both models' scores by the challenger's protocol and test scales, or the champion's own where its crop forbids them.
 
-    A linear head has one protocol, its own: where one of them has such a head, each is scored as it is served. On the pictures
-    of the champion's classes, which are the challenger's first, where that has more.
+    A linear head has one protocol, its own: where one of them has such a head, each is scored as it is served. On the
+    pictures of the champion's classes, which are the challenger's first, where that has more.
     """
     pictures = gate_pictures(store, gate, new.lineage, new.opened.classes)
     if added_classes(old.opened.classes, new.opened.classes):

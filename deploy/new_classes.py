@@ -27,11 +27,12 @@ def figures_on_test(store: Store, opened: Any, old: Sequence[str]) -> tuple[NewC
     protocol = opened.description["protocol"]
     question = {"protocol": protocol["name"], "scales": list(protocol["scales"]), "split": "test"}
     question |= {"fingerprint": lineage["fingerprint"], "classes": list(opened.classes)}
-    if "views" in protocol:
-        question["views"] = protocol["views"]
+    besides = (protocol.get("views", "none"), lineage.get("weights_digest"))
     for path in sorted((store.root / "evaluations" / lineage["stage_key"]).glob("*/evaluation.json")):
         facts = read_json(path)
-        if facts is not None and question.items() <= facts.items():
+        if facts is None or (facts.get("views", "none"), facts.get("weights")) != besides:
+            continue
+        if question.items() <= facts.items():
             return new_class_figures(opened.classes, np.array(facts["confusion"], np.int64), added)
     return ()
 
