@@ -117,6 +117,15 @@ def test_a_warm_recipe_is_one_stage_of_the_recipe_with_another_beginning(store):
     assert stage_keys(resolve_stages(other[0]), classes=CLASSES, fingerprint="0" * 32).values() != {key}
 
 
+def test_the_end_of_a_cosine_is_lowered_as_its_beginning_is(store):
+    cosine = parsed(RECIPE.replace("[augment]", '[train]\nrule = "cosine"\nfinal_learning_rate = 5e-3\n[augment]'))
+
+    recipe, _ = warm_recipe(cosine, chosen(store), learning_rate=None, seed=5, place=Path("/somewhere/pets.toml"))
+
+    (stage,) = resolve_stages(recipe)
+    assert (stage.learning_rate, stage.final_learning_rate) == (1e-3, 5e-4)
+
+
 def test_a_champion_that_was_itself_warm_is_gone_on_from(store):
     about = store.stage(KEY) / "stage.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "name": "D-72-warm"}))
