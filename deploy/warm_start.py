@@ -99,7 +99,11 @@ def warm_recipe(
     slower = learning_rate or float(f"{SLOWER * own.learning_rate:.6g}")
     settings = table.model_dump(exclude={"learning_rate"}, exclude_unset=True)
     settings |= {"name": f"{table.name}{WARM}", "init_from": f"stage:{beginning.stage_key}"}
-    warm = StageTable(**settings if own.fit == "logistic" else settings | {"learning_rate": slower})
+    if own.fit == "sgd":
+        settings["learning_rate"] = slower
+        if own.final_learning_rate:                                        # a cosine keeps its shape
+            settings["final_learning_rate"] = float(f"{own.final_learning_rate / own.learning_rate * slower:.6g}")
+    warm = StageTable(**settings)
     tables = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
     tables.pop("schedule", None)
     for name, key in (("evaluate", "stages"), ("register", "stage")):      # there is one stage: it is meant

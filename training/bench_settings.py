@@ -79,6 +79,7 @@ def choices_of(stage: Stage, device: str) -> list[Choice]:
         Choice(f"{optimiser} a loop over parameters", plain, way="loop"),
         Choice("gradients zeroed", plain, set_to_none=False),
         Choice("memory given back", plain, keep_memory=False),
+        *(Choice(f"freeze = {groups}", plain.model_copy(update={"freeze": groups})) for groups in freezes(stage)),
     ]
     if device == "cuda":
         found.append(Choice("cudnn.benchmark", plain, cudnn_benchmark=True))
@@ -87,6 +88,12 @@ def choices_of(stage: Stage, device: str) -> list[Choice]:
             note = bf16_note(device) if precision == "bf16" else ""
             found.append(Choice(precision, plain.model_copy(update={"precision": precision}), note=note))
     return found
+
+
+def freezes(stage: Stage) -> list[int]:
+    """Numbers of frozen groups that are tried: three, and all that the net has."""
+    last = max(stage.features.groups) if stage.features is not None else 5
+    return sorted({min(3, last), last} - {stage.freeze})
 
 
 def bf16_note(device: str) -> str:

@@ -196,6 +196,15 @@ def test_a_linear_champion_is_fitted_again_on_its_own_convs(store):
     assert chosen(store, recipe=other).why.startswith("features is {'groups': [4]")
 
 
+def test_the_end_of_a_cosine_is_lowered_as_its_beginning_is(store):
+    cosine = parsed(RECIPE.replace("[augment]", '[train]\nrule = "cosine"\nfinal_learning_rate = 5e-3\n[augment]'))
+
+    recipe, _ = warm_recipe(cosine, chosen(store), learning_rate=None, seed=5, place=Path("/somewhere/pets.toml"))
+
+    (stage,) = resolve_stages(recipe)
+    assert (stage.learning_rate, stage.final_learning_rate) == (1e-3, 5e-4)
+
+
 def test_a_champion_that_was_itself_warm_is_gone_on_from(store):
     about = store.stage(KEY) / "stage.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "name": "D-72-warm"}))

@@ -51,9 +51,9 @@ def test_every_choice_of_speed_is_told_as_a_ratio_to_the_recipes_own_and_short_b
     found = json.loads(done.stdout)
     own, *others = found["choices"]
     assert own["name"] == "as in the recipe" and own["of_default"] == [1.0, 1.0]
-    assert {"contiguous (NCHW)", "compile", "SGD foreach", "gradients zeroed", "memory given back", "bf16"} <= {
-        choice["name"] for choice in others
-    }
+    names = {choice["name"] for choice in others}
+    assert {"contiguous (NCHW)", "compile", "SGD foreach", "gradients zeroed", "memory given back", "bf16"} <= names
+    assert {"freeze = 3", "freeze = 5"} <= names
     assert all(choice["images_per_second"] > 0 and len(choice["of_default"]) == 2 for choice in others)
     (compiled,) = (choice for choice in others if choice["name"] == "compile")
     assert compiled["graphs"] == 2 and compiled["compile_seconds"] > 0    # 60 pictures in batches of 9: 9 and 6
