@@ -1,4 +1,4 @@
-"""The plain classifier that stands on published weights: logistic regression on pooled conv outputs, where these are at hand."""
+"""The plain classifier on published weights: logistic regression on pooled conv outputs, where the store has some."""
 
 import time
 from collections.abc import Callable, Sequence
