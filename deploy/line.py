@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.feature_yardstick import with_features
 from deploy.package import log_package, write_package
 from deploy.registry import WEIGHTS_DIGEST_TAG, WEIGHTS_TAG, Registered, register_candidate
 from deploy.scans import scan_data
@@ -126,7 +127,7 @@ def run_line(
             chosen = registered_stage(recipe, stages, keys, store)
             registered = register(recipe, chosen, keys, manifest, evaluations[chosen.name], tracker, uri, store)
             if with_yardsticks:
-                measure_yardsticks(store, key, recipe, manifest, threads=cores(), say=say)
+                measure_yardsticks(store, key, recipe, stages, manifest, threads=cores(), say=say)
             record = record | {
                 "evaluations": {
                     name: str(found.folder.relative_to(store.root)) for name, found in evaluations.items()
@@ -459,7 +460,14 @@ def register(
 
 
 def measure_yardsticks(
-    store: Store, key: str, recipe: Recipe, manifest: Manifest, *, threads: int, say: Callable[[str], None]
+    store: Store,
+    key: str,
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    manifest: Manifest,
+    *,
+    threads: int,
+    say: Callable[[str], None],
 ) -> None:
     """Fits plain classifiers on the same split, once a schedule."""
     path = store.schedule(key) / "yardsticks.json"
@@ -467,4 +475,5 @@ def measure_yardsticks(
         return
     say("yardsticks: plain classifiers on the same pictures")
     found = yardsticks(manifest.split("train"), manifest.split("test"), recipe.seed, threads=threads)
+    found = with_features(found, store, manifest, stages, key, recipe.seed, threads=threads, say=say)
     write_yardsticks(path, found)

@@ -36,6 +36,7 @@ from deploy.yardsticks import (
     share_right,
 )
 from pipelines.manifest import Manifest, read_manifest, split_counts
+from training.features.suspects import FILE as SUSPECTS_FILE
 from training.history import read_history
 from training.store import Store, read_json
 from vggcore.errors import StoreError
@@ -60,6 +61,29 @@ class WrongPicture:
     true_probability: float
     thumbnail: str             # a data: URI; empty when the picture cannot be shown
     problem: str               # why it cannot, or what is odd about it; empty when all is well
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A picture of train or val whose nearest neighbours in feature space have another label."""
+
+    path: str
+    label: str
+    neighbours_label: str
+    neighbours: int            # how many have it
+    nearest: str               # the path of the nearest of these
+    thumbnail: str             # as in WrongPicture
+    problem: str
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """The suspected labels of a schedule, and what they were looked for in; rows is None where there were too many."""
+
+    source: str                # whose features
+    pictures: int
+    neighbours: int
+    rows: tuple[Suspect, ...] | None
 
 
 @dataclass(frozen=True)
@@ -188,6 +212,7 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         recipe=recipe,
         yardsticks=found,
         rows=rows,
+        suspects=read_or_say(missing, lambda: suspects_of(store, schedule, manifest)),
         bars=gain_bars(rows),
         registered=registered,
         new_classes=new_classes(schedule, chosen),
@@ -332,6 +357,35 @@ def wrong_pictures(
             )
         )
     return tuple(found)
+
+
+def suspects_of(store: Path, schedule: Mapping[str, Any], manifest: Manifest | None) -> Suspects | None:
+    """The suspected labels that the first logistic stage found, or the yardstick on features; None where neither looked."""
+    places = [(entry["name"], store / "stages" / entry["key"]) for entry in schedule["stages"]]
+    places.append(("the yardstick on features", store / "schedules" / schedule["key"]))
+    for source, folder in places:
+        found = read_json(folder / SUSPECTS_FILE)
+        if found is None:
+            continue
+        rows = None if found["suspects"] is None else tuple(suspect(row, manifest) for row in found["suspects"])
+        return Suspects(source, found["pictures"], found["neighbours"], rows)
+    return None
+
+
+def suspect(row: Mapping[str, Any], manifest: Manifest | None) -> Suspect:
+    """One suspected label with its picture."""
+    image, problem = "", "the data's manifest is not in the store"
+    if manifest is not None:
+        image, problem = thumbnail(manifest.root / row["path"], row["content"])
+    return Suspect(
+        path=row["path"],
+        label=row["class"],
+        neighbours_label=row["neighbours_class"],
+        neighbours=row["neighbours"],
+        nearest=row["nearest"],
+        thumbnail=image,
+        problem=problem,
+    )
 
 
 def thumbnail(path: Path, content: str | None) -> tuple[str, str]:

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, Pictures
 from training.checkpoint import WEIGHTS, checkpoint_folder, file_digest
 from training.features.compute import Workers, features_of
 from training.features.source import stage_source, stage_spec
+from training.features.suspects import write_suspects
 from training.history import HistoryWriter
 from training.stage_job import StageJob, Superseded, record_problem
 from training.stage_log import CONDUCTOR, FIT, stage_logger
@@ -91,6 +93,7 @@ class LogisticStage:
         self.source = stage_source(job.stage, job.parent.weights, job.parent.tensors, job.colour)
         self.spec = stage_spec(self.source, job.stage)
         self.began, self.looked_at, self.computed = time.monotonic(), 0.0, 0
+        self.splits: list[tuple[Pictures, NDArray[np.float32]]] = []      # train and val with their features
 
     def run(self) -> None:
         """Features, fit, checkpoint, result. Raises VggrowError, Stopped, or Superseded when another command took over."""
@@ -101,6 +104,7 @@ class LogisticStage:
         torch.set_num_threads(1)       # BLAS sums in another order with another number
         try:
             layer, grid = self.fit(train, val)
+            self.write_suspects()
         finally:
             torch.set_num_threads(threads)
         file = self.write_checkpoint(layer)
@@ -136,6 +140,7 @@ class LogisticStage:
             say=self.log.info,
         )
         self.computed += found.computed
+        self.splits.append((pictures, found.values))
         return Rows(torch.from_numpy(found.values[order]), torch.from_numpy(pictures.labels[order]))
 
     def fit(self, train: Rows, val: Rows) -> tuple[Layer, list[dict[str, Any]]]:
@@ -158,6 +163,11 @@ class LogisticStage:
         )
         history.flush()
         return layer, grid
+
+    def write_suspects(self) -> None:
+        """Writes the list of pictures whose labels their neighbours contradict."""
+        self.may_write()
+        write_suspects(self.folder, self.splits, self.manifest.classes, self.check)
 
     def write_checkpoint(self, layer: Layer) -> str:
         """Writes all weights, whole or not at all; their file within the stage's folder. Raises StoreError."""

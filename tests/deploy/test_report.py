@@ -163,6 +163,36 @@ def make_store(folder: Path, classes: tuple[str, ...], *, each: int = 4, key: st
     return Made(store, root, classes, manifest, posteriors, evaluation, schedule, record)
 
 
+@pytest.mark.parametrize("place", ["stage", "schedule"])
+def test_suspected_labels_are_shown_with_what_their_neighbours_have(tmp_path, place):
+    made = make_store(tmp_path, ("cat", "<i>dog"))
+    path = made.manifest.split("train").paths[0]
+    row = {"path": path, "content": "0" * 32, "class": "cat", "neighbours_class": "<i>dog", "neighbours": 9}
+    gone = {**row, "path": "train/<script>gone.png", "nearest": path}
+    second = json.loads((made.schedule / "stages.json").read_text())["stages"][1]
+    folder = made.schedule if place == "schedule" else made.store / "stages" / second["key"]
+    (folder / "suspects.json").write_text(
+        json.dumps({"pictures": 16, "neighbours": 10, "suspects": [{**row, "nearest": "val/near.png"}, gone]})
+    )
+
+    page = Page(write_report(made.store, None))
+
+    assert (2, "Suspected labels") in page.headings
+    source = "D-64" if place == "stage" else "the yardstick on features"
+    assert f"2 of 16, most of whose 10 nearest pictures by the features of {source} have one other label" in page.text
+    assert "but 9 of 10 neighbours: <i>dog" in page.text and "train/<script>gone.png" in page.text
+    assert not [attributes for tag, attributes in page.tags if tag in ("i", "script")]
+    assert "the file has changed since it was scanned" in page.text and "cannot be shown: No such file" in page.text
+
+
+@pytest.mark.parametrize(("found", "words"), [([], "None: of 16 pictures"), (None, "16 pictures are too many")])
+def test_no_suspected_label_is_said(tmp_path, found, words):
+    made = make_store(tmp_path, ("cat", "dog"))
+    (made.schedule / "suspects.json").write_text(json.dumps({"pictures": 16, "neighbours": 10, "suspects": found}))
+
+    assert words in Page(write_report(made.store, None)).text
+
+
 def history(*, epochs: int) -> list[dict]:
     """Ten iterations an epoch; the learning rate falls after the second epoch."""
     rows: list[dict] = []

@@ -133,6 +133,7 @@ def test_the_page_shows_the_penalties(trained: Trained) -> None:
     assert "<h3>Penalties</h3>" in page
     assert "9 penalties, C from 0.0001 to 1; the least loss on val" in page
     assert "32, 48" in page and "logistic fit" in page
+    assert "Suspected labels</h2>" in page and "by the features of linear" in page
 
 
 @pytest.mark.parametrize("option", [("--protocol", "dense"), ("--scales", "40")])
