@@ -26,6 +26,7 @@ from training.history import read_history
 from training.listener import Listener
 from training.losses import check_class_weights
 from training.parents import (
+    check_named,
     check_parents,
     is_done,
     known_order,
@@ -90,6 +91,7 @@ def run_line(
     """
     store = where.store
     check_where(where, resolve_stages(recipe))
+    check_named(resolve_stages(recipe), store)
     address = where.address or os.environ.get("RAY_ADDRESS")
     if address not in (None, "local"):
         check_address(address)

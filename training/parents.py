@@ -92,6 +92,16 @@ def settle(stages: Sequence[Stage], store: Store, fingerprint: str) -> tuple[Sta
     return tuple(settled.values())
 
 
+def check_named(stages: Sequence[Stage], store: Store) -> None:
+    """Refuses parents of the store and published weights that are not there, before a picture is read. Raises StoreError."""
+    for stage in stages:
+        name, key = weights_name(stage.init_from), stored_key(stage.init_from)
+        if name is not None:
+            find_weights(store, name)
+        elif key is not None:
+            stage_record(stage, store, key)
+
+
 def stage_record(stage: Stage, store: Store, key: str) -> dict[str, Any]:
     """The stage.json of a finished stage that `stage` starts from by its key. Raises StoreError when it is not there."""
     about = read_json(store.stage(key) / "stage.json")

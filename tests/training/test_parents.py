@@ -9,6 +9,7 @@ import torch
 
 from pipelines.colour import Colour
 from training.parents import (
+    check_named,
     check_parents,
     known_order,
     parent_of,
@@ -241,8 +242,9 @@ def test_published_weights_bring_their_mean_to_all_that_start_from_them(store):
 
 
 def test_weights_that_are_not_there_and_a_deviation_that_they_do_not_have_are_one_line_each(store):
-    with pytest.raises(StoreError, match=r"somewhere/vgg11"):
-        settle(stages_of(RECIPE + PUBLISHED), store, HERE)
+    for look in (lambda stages: check_named(stages, store), lambda stages: settle(stages, store, HERE)):
+        with pytest.raises(StoreError, match=r"somewhere/vgg11"):
+            look(stages_of(RECIPE + PUBLISHED))
 
     publish(store)
     text = RECIPE + PUBLISHED.replace('fit = "logistic"', 'fit = "logistic"\nstandardise = true')
