@@ -16,7 +16,6 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 from PIL import Image
-from small_model import stage_settings
 
 import deploy.decision_record
 from deploy.cli import main
@@ -29,6 +28,7 @@ from deploy.tracking_address import artifact_location, check_tracking, resolve_t
 from pipelines.gate_list import GateList, read_gate
 from pipelines.manifest import Manifest
 from pipelines.scan import scan
+from tests.deploy.small_model import stage_settings
 from training.store import Store
 from vggcore.nets import build_net
 from vggcore.recipe import Data, Split

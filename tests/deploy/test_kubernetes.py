@@ -13,9 +13,9 @@ from typing import Any
 import click
 import pytest
 import yaml
-from typed_commands import parse
 
 from deploy.pipeline_file import load_pipeline
+from tests.deploy.typed_commands import parse
 from training.worker_count import most
 from vggcore.recipe import parse_recipe
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from mlflow_server import free_port
 
 from deploy.ticks import Ticks
+from tests.deploy.mlflow_server import free_port
 from tests.end_to_end.command import wait_until
 from tests.end_to_end.conftest import RECIPE
 from tests.pipelines.photo_folders import make_photo_folder

@@ -10,12 +10,12 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import invocations
-from mlflow_server import free_port, running
 from pandas import DataFrame
-from small_model import CLASSES, package, small_net, stage_settings
 
 from deploy.package import MODEL_FILE, WEIGHTS_FILE, log_package
 from deploy.predict import Direct
+from tests.deploy.mlflow_server import free_port, running
+from tests.deploy.small_model import CLASSES, package, small_net, stage_settings
 from vggcore.errors import RegistryError, StoreError
 
 BARE = """

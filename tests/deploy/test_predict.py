@@ -2,11 +2,11 @@ import os
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import free_port
 from PIL import Image
-from small_model import CLASSES, STAGE_KEY, log_small, noise, write_stage
 
 from deploy.predict import check_classes, open_model
+from tests.deploy.mlflow_server import free_port
+from tests.deploy.small_model import CLASSES, STAGE_KEY, log_small, noise, write_stage
 from vggcore.errors import DatasetError, RegistryError, TrackingError
 
 

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from gate_store import (
+from mlflow import MlflowClient
+
+import deploy.promote
+from deploy.contenders import compare
+from deploy.gate import GateRules
+from deploy.gate_evidence import uses
+from deploy.promote import promote, rollback
+from deploy.registry import CHAMPION
+from pipelines.manifest import read_manifest, write_manifest
+from pipelines.scan import scan
+from tests.deploy.gate_store import (
     BARE,
     LEAKY,
     SAYER,
@@ -23,16 +33,6 @@ from gate_store import (
     tree,
     write_model,
 )
-from mlflow import MlflowClient
-
-import deploy.promote
-from deploy.contenders import compare
-from deploy.gate import GateRules
-from deploy.gate_evidence import uses
-from deploy.promote import promote, rollback
-from deploy.registry import CHAMPION
-from pipelines.manifest import read_manifest, write_manifest
-from pipelines.scan import scan
 from training.store import Store
 from vggcore.errors import DatasetError, RegistryError
 from vggcore.recipe import Data

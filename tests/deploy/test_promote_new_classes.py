@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gate_store import (
+
+from deploy.contenders import compare
+from deploy.gate_evidence import uses
+from pipelines.gate_list import read_gate
+from pipelines.manifest import read_manifest
+from pipelines.scan import scan
+from tests.deploy.gate_store import (
     SAYER,
     SKILLED,
     SPLIT,
@@ -19,12 +25,6 @@ from gate_store import (
     state,
     write_model,
 )
-
-from deploy.contenders import compare
-from deploy.gate_evidence import uses
-from pipelines.gate_list import read_gate
-from pipelines.manifest import read_manifest
-from pipelines.scan import scan
 from vggcore.recipe import Data
 from vggcore.whole_file import write_json
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from gate_store import SAYER, SKILLED, GateStore, decide_on, fingerprint_of, killed_at, show, tree, write_model
 from mlflow import MlflowClient
 
 import deploy.promote
@@ -13,6 +12,7 @@ from deploy.promote import promote, rollback
 from deploy.registry import show_model
 from deploy.tracking_address import using_tracking
 from pipelines.manifest import read_manifest
+from tests.deploy.gate_store import SAYER, SKILLED, GateStore, decide_on, fingerprint_of, killed_at, show, tree, write_model
 from vggcore.errors import RegistryError
 
 

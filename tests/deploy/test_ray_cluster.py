@@ -12,7 +12,8 @@ import pytest
 import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
-from typed_commands import parse
+
+from tests.deploy.typed_commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 

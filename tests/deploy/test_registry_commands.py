@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from gate_store import BARE, LEAKY, SAYER, SKILLED, decide_on, entry_point, fingerprint_of, show, tree, write_model
-from mlflow_server import free_port
 
 from deploy.cli import models
 from pipelines.manifest import read_manifest
+from tests.deploy.gate_store import BARE, LEAKY, SAYER, SKILLED, decide_on, entry_point, fingerprint_of, show, tree, write_model
+from tests.deploy.mlflow_server import free_port
 
 # fmt: off
 MISTAKES = [

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-from gate_store import SAYER, SKILLED, GateStore, build, show, tree
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.server import get_app_client
 
 from deploy.gate_evidence import uses
 from deploy.promote import promote
+from tests.deploy.gate_store import SAYER, SKILLED, GateStore, build, show, tree
 from tests.deploy.mlflow_server import ADMIN, ADMIN_PASSWORD, server_with_users
 from tests.end_to_end.command import vggrow
 from vggcore.errors import RegistryError

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from gate_store import SAYER, SKILLED, decide_on, entry_point, killed_at, killed_or_counted, show
 
 from deploy.pipeline_file import Notify
 from deploy.promote import promote, rollback
 from deploy.registry_webhook import outbox, tell_waiting
+from tests.deploy.gate_store import SAYER, SKILLED, decide_on, entry_point, killed_at, killed_or_counted, show
 from tests.deploy.webhook_receiver import Receiver
 
 SECRET = b"a secret of the test"

@@ -13,11 +13,11 @@ from mlflow.exceptions import MlflowException
 from nvidia.dali import fn, pipeline_def, types
 from pandas import DataFrame
 from PIL import Image
-from small_model import CLASSES, COLOUR, noise, package, stage_settings
 
 from deploy import served_model
 from deploy.package import MODEL_FILE, WEIGHTS_FILE
 from deploy.predict import Direct
+from tests.deploy.small_model import CLASSES, COLOUR, noise, package, stage_settings
 from vggcore.dense import dense_posteriors
 from vggcore.schedule import Stage
 from vggcore.view_average import turned_views

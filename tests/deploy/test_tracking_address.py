@@ -11,9 +11,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow_server import free_port
 
 from deploy.tracking_address import artifact_location, check_sqlite, check_tracking, resolve_tracking, using_tracking
+from tests.deploy.mlflow_server import free_port
 from vggcore.errors import TrackingError
 
 

@@ -23,7 +23,7 @@ def test_a_sheet_shows_mixed_turned_and_erased_views_with_both_classes_and_their
         standardise=False, rank=0, world_size=1, device="cpu", threads=1,
     )  # fmt: skip
 
-    sheets = [np.asarray(Image.open(io.BytesIO(view_sheet(stage, manifest)))) for stage in (plain, other)]
+    sheets = [np.asarray(Image.open(io.BytesIO(view_sheet(stage, manifest, manifest.colour)))) for stage in (plain, other)]
     batch = next(loader.epoch(0))
     titles = batch_titles(batch, manifest.classes)
 
