@@ -44,7 +44,7 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
         vggrow retrain pipeline.toml --dry-run
         vggrow retrain pipeline.toml --accept "class 'scratched' is no longer made"
     """
-    from deploy.pipeline_file import load_pipeline
+    from deploy.pipeline_file import check_start, load_pipeline
 
     loaded = load_pipeline(pipeline)
     if accept is not None and not accept.strip():
@@ -56,7 +56,7 @@ def retrain(pipeline: Path, dry_run: bool, accept: str | None, as_json: bool) ->
     from training.ray_address import check_address
     from vggcore.recipe import load_recipe
 
-    load_recipe(loaded.recipe)                 # all answer at once; the tick itself loads torch first
+    check_start(loaded, load_recipe(loaded.recipe))     # all answer at once; the tick itself loads torch first
     if loaded.notify is not None:
         read_secret(loaded.notify)
     if loaded.run.address is not None:

@@ -13,7 +13,20 @@ from pydantic_core import ErrorDetails
 from deploy.tracking_address import shown
 from training.worker_count import WorkerCount, read_workers
 from vggcore.errors import RecipeError
-from vggcore.recipe import Count, Frozen, NewRows, Positive, array, describe, nearest, parse_toml, place_name, read_words
+from vggcore.recipe import (
+    Count,
+    Frozen,
+    NewRows,
+    Positive,
+    Recipe,
+    array,
+    describe,
+    nearest,
+    parse_toml,
+    place_name,
+    read_words,
+)
+from vggcore.recipe_checks import registrable, stage_settings
 
 if TYPE_CHECKING:
     from deploy.gate import GateRules
@@ -217,6 +230,16 @@ def load_pipeline(path: Path) -> Pipeline:
         found = str(pipeline.recipe)
         raise RecipeError(f"{path}: recipe: {found!r} is no file; name the recipe to train, from this file's folder")
     return pipeline
+
+
+def check_start(pipeline: Pipeline, recipe: Recipe) -> None:
+    """RecipeError for keys of [start] that no champion of `recipe` can use: a logistic fit has no rate and no first rows."""
+    written = sorted({"learning_rate", "new_rows"} & pipeline.start.model_fields_set)
+    if written and not any(stage_settings(recipe, table)["fit"] == "sgd" for table in registrable(recipe)):
+        raise RecipeError(
+            f"{pipeline.recipe}: [start] {written[0]} in the pipeline file has no effect: each stage that can become champion"
+            ' has fit = "logistic"; remove it'
+        )
 
 
 def with_absolute_paths(pipeline: Pipeline, folder: Path) -> Pipeline:

@@ -110,6 +110,9 @@ def warm_recipe(
         tables.get(name, {}).pop(key, None)
     if own.fit == "logistic":                                              # which has one set of weights
         tables.get("register", {}).pop("weights", None)
+    if own.head == "linear":                                               # which is tested in one way
+        for key in ("protocol", "scales", "views"):
+            tables.get("evaluate", {}).pop(key, None)
     for name in ("net", "augment", "train"):                               # what the others alone used
         for key in without_effect(recipe, table.name) & set(tables.get(name, {})):
             del tables[name][key]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vggcore.recipe import Recipe, StageTable
+    from vggcore.recipe import Evaluate, Recipe, StageTable
 
 Settings = Mapping[str, Any]
 
@@ -264,6 +264,25 @@ def without_effect(recipe: "Recipe", name: str) -> set[str]:
     return {key for key, (used, _) in USED.items() if not used(settings)}
 
 
+def registrable(recipe: "Recipe") -> list["StageTable"]:
+    """The stages whose result can become a registered version, by [register] stage."""
+    from vggcore.recipe import BEST_ON_VAL  # the models know this module
+
+    wanted = recipe.register_.stage or recipe.stages[-1].name
+    return [table for table in recipe.stages if wanted in (BEST_ON_VAL, table.name)]
+
+
+def check_linear_test(evaluate: "Evaluate") -> None:
+    """ValueError for settings of a test of linear heads alone: it has one way, whole pictures at features.scales."""
+    if evaluate.views != "none":
+        raise ValueError(f'[evaluate] views = "{evaluate.views}" has no effect on linear heads; set features.flip instead')
+    for name in ("protocol", "scales"):
+        if name in evaluate.model_fields_set and getattr(evaluate, name) is not None:
+            raise ValueError(
+                f"[evaluate] {name} has no effect on linear heads, which see whole pictures at features.scales; remove it"
+            )
+
+
 def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     """ValueError for an [evaluate] or [register] that the stages do not allow."""
     from vggcore.recipe import BEST_ON_VAL  # the models know this module
@@ -278,10 +297,10 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
             raise ValueError(f"[evaluate] scales: {scale} is below the crop, {max(crops)}; a net needs its crop at least")
     if register.stage not in (None, BEST_ON_VAL, *names):
         raise ValueError(f"[register] stage: no stage {register.stage!r}{nearest(str(register.stage), [*names, BEST_ON_VAL])}")
-    chosen = names if register.stage == BEST_ON_VAL else [register.stage or names[-1]]
+    chosen = [table.name for table in registrable(recipe)]
     measured = [stages[name] for name in {*(evaluate.stages or names[-1:]), *chosen} if stages[name]["head"] != "linear"]
-    if evaluate.views != "none" and not measured:
-        raise ValueError(f'[evaluate] views = "{evaluate.views}" has no effect on linear heads; set features.flip instead')
+    if not measured:
+        check_linear_test(evaluate)
     if evaluate.views == "flips" and evaluate.protocol == "dense" and not any(one["flip_vertical"] for one in measured):
         raise ValueError(
             '[evaluate] views = "flips" has no effect with protocol = "dense", which averages with the mirror image, unless a'

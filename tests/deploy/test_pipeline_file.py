@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from deploy.gate import GateRules
-from deploy.pipeline_file import Gate, load_pipeline
+from deploy.pipeline_file import Gate, check_start, load_pipeline
 from vggcore.errors import RecipeError
+from vggcore.recipe import load_recipe
 
 WHOLE = """
 name = "weekly"
@@ -129,3 +130,33 @@ def test_a_mistake_is_named_in_one_line_with_its_place(right, wrong, words, writ
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nothing\.toml: cannot be read as a pipeline file"):
         load_pipeline(tmp_path / "nothing.toml")
+
+
+LINEAR = """
+name = "pets"
+[data]
+root = "pictures"
+[[stage]]
+name = "D-linear"
+net = "D"
+init_from = "weights:keras/vgg16"
+head = "linear"
+fit = "logistic"
+features = { scales = [96] }
+"""
+TUNED = '[[stage]]\nname = "tuned"\nnet = "D"\nhead = "linear"\ninit_from = "D-linear"\nscale = 256\n'
+
+
+@pytest.mark.parametrize("key", ["learning_rate = 1e-4", 'new_rows = "random"'])
+def test_a_rate_that_no_champion_can_use_is_refused(key, tmp_path):
+    path = tmp_path / "pipeline.toml"
+    path.write_text(f'name = "weekly"\nrecipe = "pets.toml"\n[start]\nwarm = "champion"\n{key}\n')
+    (tmp_path / "pets.toml").write_text(LINEAR)
+    read = lambda: check_start(load_pipeline(path), load_recipe(tmp_path / "pets.toml"))  # noqa: E731
+
+    with pytest.raises(RecipeError) as caught:
+        read()
+    (tmp_path / "pets.toml").write_text(LINEAR + TUNED)
+    read()
+
+    assert f"[start] {key.split()[0]} in the pipeline file has no effect: each stage that can become champion" in str(caught.value)

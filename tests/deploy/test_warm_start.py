@@ -9,7 +9,7 @@ import pytest
 
 from deploy.warm_start import Beginning, choose_beginning, in_known_order, warm_recipe
 from training.store import Store
-from vggcore.recipe import parse_recipe
+from vggcore.recipe import load_recipe, parse_recipe
 from vggcore.schedule import resolve_stages, stage_keys
 
 RECIPE = """
@@ -212,3 +212,19 @@ def test_a_champion_that_was_itself_warm_is_gone_on_from(store):
     recipe, _ = warm_recipe(parsed(), chosen(store), learning_rate=2e-4, seed=4, place=Path("/somewhere/pets.toml"))
 
     assert [(stage.name, stage.learning_rate) for stage in resolve_stages(recipe)] == [("D-72-warm", 2e-4)]
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_whichever_stage_of_a_shipped_recipe_is_champion_a_warm_start_from_it_can_be_read(path, tmp_path):
+    recipe = load_recipe(path)
+    for stage in resolve_stages(recipe):
+        begins = Beginning(True, "from version 1", "1", stage.name, KEY, wanted=True, new_classes=("ant",))
+
+        _, text = warm_recipe(recipe, begins, learning_rate=1e-5, seed=5, place=path, classes=CLASSES)
+        (warm,) = resolve_stages(parse_recipe(text, place="again", folder=tmp_path))
+
+        assert (warm.name, warm.init_from, warm.net) == (f"{stage.name}-warm", f"stage:{KEY}", stage.net)
+        assert (warm.head, warm.features, warm.crop, warm.view) == (stage.head, stage.features, stage.crop, stage.view)

@@ -25,7 +25,7 @@ name = "growing"
 recipe = "photos.toml"
 [start]
 warm = "champion"
-learning_rate = 3e-3
+learning_rate = 1e-2
 [gate]
 alpha = 0.5
 planned_uses = 4
@@ -104,7 +104,7 @@ def growing(tmp_path_factory) -> Iterator[Growing]:
         shutil.rmtree(found.photos / split / "coffee")
     tint(found.photos, "cat")
     tint(found.photos, "flower")
-    text = RECIPE.format(root=found.photos, epochs=8, every="5min").replace("learning_rate = 1e-3", "learning_rate = 1e-9")
+    text = RECIPE.format(root=found.photos, epochs=30, every="5min").replace("learning_rate = 1e-3", "learning_rate = 1e-9")
     (found.folder / "photos.toml").write_text(text)
     found.decided_by("person")
     done = vggrow("retrain", found.pipeline, timeout_s=900)

@@ -121,6 +121,8 @@ MISTAKES = [
     ("",                     '[evaluate]\nviews = "turns"', r"views = \"turns\": stage 'D-72-96' is not trained on turned pictures"),
     ("",                     '[evaluate]\nviews = "flips"', r"views = \"flips\" has no effect with protocol = \"dense\", which averages with the mirror"),
     ("learning_rate = 1e-3", 'head = "linear"\n[evaluate]\nprotocol = "centre"\nviews = "flips"', r"views = \"flips\" has no effect on linear heads; set features.flip"),
+    ("learning_rate = 1e-3", 'head = "linear"\n[evaluate]\nprotocol = "dense"', r"\[evaluate\] protocol has no effect on linear heads, which see whole pictures"),
+    ("learning_rate = 1e-3", 'head = "linear"\n[evaluate]\nscales = [256]', r"\[evaluate\] scales has no effect on linear heads, which see whole pictures"),
     ("",                     '[register]\nweights = "average"', r"weights = \"average\": stage 'D-72-96' has no average"),
     ("",                     '[evaluate]\nstages = ["D-72"]', r"\[evaluate\] stages: no stage 'D-72'; did you mean"),
     ("",                     "[evaluate]\nscales = [48]", r"\[evaluate\] scales: 48 is below the crop, 64"),
