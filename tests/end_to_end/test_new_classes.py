@@ -25,7 +25,7 @@ name = "growing"
 recipe = "photos.toml"
 [start]
 warm = "champion"
-learning_rate = 1e-2
+learning_rate = 1e-3
 [gate]
 alpha = 0.5
 planned_uses = 4
@@ -104,7 +104,7 @@ def growing(tmp_path_factory) -> Iterator[Growing]:
         shutil.rmtree(found.photos / split / "coffee")
     tint(found.photos, "cat")
     tint(found.photos, "flower")
-    text = RECIPE.format(root=found.photos, epochs=30, every="5min").replace("learning_rate = 1e-3", "learning_rate = 1e-9")
+    text = RECIPE.format(root=found.photos, epochs=20, every="5min").replace("learning_rate = 1e-3", "learning_rate = 1e-9")
     (found.folder / "photos.toml").write_text(text)
     found.decided_by("person")
     done = vggrow("retrain", found.pipeline, timeout_s=900)
@@ -112,8 +112,7 @@ def growing(tmp_path_factory) -> Iterator[Growing]:
     yield found
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(900)
 def test_a_third_folder_waits_for_a_person_whose_command_makes_it_champion(growing, tmp_path):
     growing.add_class("aardvark", "coffee", 2)
     record = growing.store.root / "retraining" / "growing" / "ticks" / "2" / "train.json"
@@ -129,7 +128,7 @@ def test_a_third_folder_waits_for_a_person_whose_command_makes_it_champion(growi
     command = waits.stdout.partition("decision: `")[2].partition("`")[0]
     promoted = vggrow(*shlex.split(command)[1:], timeout_s=900)
     history = vggrow("history", growing.pipeline)
-    picture = growing.photos / "test" / "aardvark" / "aardvark-000.jpg"
+    picture = min((growing.photos / "test" / "aardvark").iterdir())
     seen = vggrow("predict", "models:/photos@champion", picture, "--store", growing.store.root)
 
     assert left == "unfinished: evaluate"
