@@ -145,7 +145,7 @@ def bench_recovery(recipe: Path, name: str | None, workers: int, turns: int, as_
 
 
 def named_stage(recipe: "Recipe", name: str | None, place: Path) -> "Stage":
-    """The stage of that name, or the first. Raises RecipeError where there is none."""
+    """The stage of that name, or the first that is trained by SGD. Raises RecipeError where there is none."""
     from vggcore.errors import RecipeError
     from vggcore.recipe import nearest
     from vggcore.schedule import resolve_stages
@@ -153,7 +153,12 @@ def named_stage(recipe: "Recipe", name: str | None, place: Path) -> "Stage":
     stages = {stage.name: stage for stage in resolve_stages(recipe)}
     if name is not None and name not in stages:
         raise RecipeError(f"--stage {name}: no such stage in {place}{nearest(name, list(stages))}")
-    return stages[name] if name is not None else next(iter(stages.values()))
+    trained = [stage for stage in stages.values() if stage.fit == "sgd"]
+    wanted = trained[:1] if name is None else [stage for stage in trained if stage.name == name]
+    if not wanted:
+        which = name or next(iter(stages))
+        raise RecipeError(f'--stage {which}: expected a stage that trains by iterations, got fit = "logistic" in {place}')
+    return wanted[0]
 
 
 @click.command()

@@ -19,7 +19,7 @@ from training.bench_subject import Subject, subject
 from training.freezing import BACKWARD, frozen_layers
 from training.learner import set_up_torch
 from training.stage_job import StageJob
-from vggcore.nets import LayerRow, Vgg, layer_table
+from vggcore.nets import LayerRow, PlacePool, Vgg, layer_table
 
 LEAST_COUNTS = 3          # runs of a layer
 Gradients = Literal["none", "weights", "both"]      # of a frozen layer, of the first that is trained, of all others
@@ -80,13 +80,18 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
     copy = least(lambda: lambda: images.contiguous(memory_format=layout), seconds / len(rows), job.device)
     found = [part("memory format", copy)]
     with torch.autocast(job.device, torch.bfloat16, enabled=stage.precision == "bf16"):
-        units = images.contiguous(memory_format=layout)
+        units, pooled = images.contiguous(memory_format=layout), []
         for place, row in enumerate(rows):
-            units = units.flatten(1) if row.name == first_of_head(net) else units
+            if row.name == first_of_head(net):
+                units = torch.cat(pooled, 1) if pooled else units.flatten(1)
             module = net.get_submodule(row.name)
             gradients: Gradients = "none" if place < frozen else "weights" if place == frozen else "both"
-            time_of_layer, units = layer_time(row, module, units, gradients, limit, seconds / len(rows), job.device)
+            time_of_layer, made = layer_time(row, module, units, gradients, limit, seconds / len(rows), job.device)
             found.append(time_of_layer)
+            if isinstance(module, PlacePool):       # of a linear head: what it pools goes to the last layer, not to the next
+                pooled.append(made)
+            else:
+                units = made
     logits, labels = units.float().requires_grad_(), torch.zeros(batch, dtype=torch.int64, device=job.device)
     loss = least(
         lambda: lambda: torch.autograd.grad(cross_entropy(logits, labels), logits), seconds / len(rows), job.device

@@ -26,8 +26,12 @@ def freeze(net: Vgg, stage: Stage) -> None:
 
 def frozen_layers(stage: Stage, table: Sequence[LayerRow]) -> int:
     """How many layers at the bottom of a net's table are frozen, ReLUs and poolings among them."""
-    pools = [place for place, row in enumerate(table) if row.kind == "maxpool"]
-    return pools[stage.freeze - 1] + 1 if stage.freeze else 0
+    if not stage.freeze:
+        return 0
+    end = [place for place, row in enumerate(table) if row.kind == "maxpool"][stage.freeze - 1] + 1
+    while table[end].kind.startswith("pool-"):       # a linear head's pooling of the last frozen group has no gradient either
+        end += 1
+    return end
 
 
 def usual_macs(stage: Stage, table: Sequence[LayerRow]) -> int:

@@ -77,6 +77,49 @@ def test_every_layer_is_told_with_its_time_at_the_batch_that_is_asked_for(make_r
     assert all(layer["forward"] + layer["backward"] > 0 for layer in layers.values())
 
 
+LINEAR = """
+[[stage]]
+name = "pooled"
+net = "A"
+scale = 36
+head = "linear"
+features = { groups = [3, 4], pool = "both" }
+[[stage]]
+name = "tuned"
+net = "A"
+scale = 36
+head = "linear"
+features = { groups = [3, 4], pool = "both" }
+init_from = "pooled"
+freeze = 4
+[[stage]]
+name = "fitted"
+net = "A"
+head = "linear"
+features = { groups = [3, 4], scales = [36] }
+init_from = "pooled"
+fit = "logistic"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_linear_heads_layers_are_told_too_and_frozen_ones_have_no_way_back(make_recipe, tmp_path):
+    words = ("--layers", "--batch", 2, "--seconds", 0.5, "--threads", 1, "--store", tmp_path / "store", "--json")
+    done = vggrow("bench", "train", make_recipe(more=LINEAR), "--stage", "tuned", *words)
+
+    assert done.returncode == 0, done.stderr
+    layers = json.loads(done.stdout)["layers"]
+    assert [layer["name"] for layer in layers if layer["backward"] > 0] == ["classifier.0"]
+    assert [layer["output"] for layer in layers if layer["kind"] == "pool-both"] == [[32], [64]]
+
+
+def test_a_fitted_stage_has_no_iterations_to_measure(make_recipe, tmp_path):
+    done = vggrow("bench", "train", make_recipe(more=LINEAR), "--stage", "fitted", "--store", tmp_path / "store")
+
+    assert done.returncode == 2 and '--stage fitted: expected a stage that trains by iterations, got fit = "log' in done.stderr
+
+
 def test_two_measurements_at_once_are_refused(make_recipe, tmp_path):
     done = vggrow("bench", "train", make_recipe(), "--settings", "--layers", "--store", tmp_path / "store")
 

@@ -1,4 +1,4 @@
-"""A pipeline whose champion is a linear stage: the tick after more pictures fits it again, and only those go through the net."""
+"""A pipeline whose champion is a linear stage: after more pictures it is fitted again, and only those go through the net."""
 
 import re
 import shutil
