@@ -80,7 +80,8 @@ def measure_layers(job: StageJob, manifest: Manifest, *, seconds: float) -> Laye
     copy = least(lambda: lambda: images.contiguous(memory_format=layout), seconds / len(rows), job.device)
     found = [part("memory format", copy)]
     with torch.autocast(job.device, torch.bfloat16, enabled=stage.precision == "bf16"):
-        units, pooled = images.contiguous(memory_format=layout), []
+        pooled: list[Tensor] = []
+        units = images.contiguous(memory_format=layout)
         for place, row in enumerate(rows):
             if row.name == first_of_head(net):
                 units = torch.cat(pooled, 1) if pooled else units.flatten(1)

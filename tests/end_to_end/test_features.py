@@ -72,7 +72,8 @@ def test_a_command_killed_at_random_moments_resumes_and_finds_the_same_bits(
 def test_ctrl_c_ends_the_command_at_once_and_loses_nothing_that_was_computed(photos: Path, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store").root
     publish(open_store(store))
-    running = Running(*command(photos, store, tmp_path / "f.parquet", "--flip"), log=tmp_path / "log")
+    long = ("--groups", "5", "--scales", "320", "--flip")      # a minute for two cores: the signal comes among them
+    running = Running(*command(photos, store, tmp_path / "f.parquet", *long), log=tmp_path / "log")
     wait_until(lambda: rows_in(store) >= 1, timeout_s=120, running=running)
 
     running.send(SIGINT)
