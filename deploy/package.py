@@ -52,13 +52,14 @@ SIGNATURE = ModelSignature(
 CHECK = """
 import sys
 sys.modules.update(dict.fromkeys(("vggcore", "pipelines", "training", "deploy")))   # None: importing one is an error
-import base64, io, json, mlflow, pandas
+import base64, gc, io, json, mlflow, pandas
 from PIL import Image
 encoded = io.BytesIO()
 Image.linear_gradient("L").save(encoded, "PNG")
 model = mlflow.pyfunc.load_model(sys.argv[1])
 table = pandas.DataFrame({"image": [base64.b64encode(encoded.getvalue()).decode()]})
-print("ANSWER " + json.dumps(model.predict(table, params={"top_k": 1000000})["top"][0]))
+print("ANSWER " + json.dumps(model.predict(table, params={"top_k": 1000000})["top"][0]), flush=True)
+gc.freeze()                       # see deploy.cli.main
 """
 
 

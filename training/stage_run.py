@@ -11,7 +11,7 @@ from pipelines.colour import Colour
 from pipelines.manifest import Manifest
 from training.checkpoint import room_for_checkpoints
 from training.fit import FitThread
-from training.freezing import frozen_layers
+from training.freezing import frozen_parameters
 from training.history_tail import HistoryTail
 from training.listener import Listener
 from training.logistic_stage import LogisticThread
@@ -23,7 +23,7 @@ from training.system_metrics import sampling_interval_s
 from training.where import Where
 from training.worker_count import workers_text
 from vggcore.errors import StoreError, TrainingError, VggrowError
-from vggcore.nets import layer_table
+from vggcore.nets import parameter_sizes
 from vggcore.schedule import Stage
 from vggcore.whole_file import write_json, write_text
 
@@ -213,9 +213,9 @@ def prepare(
 
 def check_space(stage: Stage, classes: int, folder: Path) -> None:
     """StoreError unless the disk holds the checkpoints that stay and the one that is being written."""
-    table = layer_table(stage.net, classes=classes, **stage.net_settings)
-    parameters, frozen = (sum(row.parameters for row in rows) for rows in (table, table[: frozen_layers(stage, table)]))
-    wanted = room_for_checkpoints(stage, parameters, parameters - frozen)
+    sizes, frozen = parameter_sizes(stage.net, classes=classes, **stage.net_settings), frozen_parameters(stage)
+    parameters = sum(sizes.values())
+    wanted = room_for_checkpoints(stage, parameters, parameters - sum(sizes[name] for name in frozen))
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < wanted:

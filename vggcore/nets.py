@@ -321,7 +321,7 @@ class LayerRow:
     macs: int                  # multiply-adds of convs and FC layers; 0 for all others
 
 
-def parameter_count(
+def parameter_sizes(
     net: NetName,
     *,
     classes: int,
@@ -330,11 +330,12 @@ def parameter_count(
     width: float = 1.0,
     crop: int = 224,
     dropout: float = 0.0,
-) -> int:
-    """Weights and biases of build_net's net; allocates nothing, and loads none of what torch computes shapes with."""
+) -> dict[str, int]:
+    """Each parameter of build_net's net and how many values it has; allocates nothing, and loads none of what torch computes
+    shapes with, which takes seconds."""
     with torch.device("meta"):
         modules = net_modules(net, classes=classes, head=head, features=features, width=width, crop=crop, dropout=dropout)
-    return sum(parameter.numel() for parameter in modules.parameters())
+    return {name: parameter.numel() for name, parameter in modules.named_parameters()}
 
 
 def layer_table(
