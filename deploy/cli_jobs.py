@@ -291,7 +291,7 @@ def follow_job(cluster: "Jobs", job_id: str, *, to_stderr: bool) -> tuple["Job",
 
 def how_to_come_back(cluster: "Jobs", job_id: str) -> str:
     """The commands that follow and that stop a job."""
-    from deploy.cli import command_name
+    from deploy.options import command_name
 
     vggrow, where = command_name(), f"--address {cluster.address}"
     return f"follow    {vggrow} jobs logs {job_id} -f {where}\nstop      {vggrow} jobs stop {job_id} {where}"

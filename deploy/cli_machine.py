@@ -30,7 +30,7 @@ def bench() -> None:
 
 @bench.command("train")
 @click.argument("recipe", type=RECIPE)
-@click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first]")
+@click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first that trains by iterations]")
 @click.option("--settings", is_flag=True, help="Bare training under each choice of speed instead, one changed at a time.")
 @click.option("--layers", is_flag=True, help="Where bare training's time goes instead, layer by layer.")
 @click.option("--batch", type=click.IntRange(1), help="Pictures an iteration.  [default: the recipe's global_batch]")
@@ -100,7 +100,7 @@ def bench_train(
 
 @bench.command("recovery")
 @click.argument("recipe", type=RECIPE)
-@click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first]")
+@click.option("--stage", "name", metavar="NAME", help="Which stage.  [default: the first that trains by iterations]")
 @click.option("--workers", type=click.IntRange(2), default=2, show_default=True, help="Ray Train workers on this machine.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="The median of so many counts.")
 @json_option

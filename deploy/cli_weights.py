@@ -196,7 +196,8 @@ def show_command(name: str, store: str, as_json: bool) -> None:
     help="torchvision: a state dict; keras: HWIO kernels, BGR; vggrow: as in the store. Each also as .safetensors.",
 )
 @store_option
-def export_command(name: str, file: Path, layout: str, store: str) -> None:
+@json_option
+def export_command(name: str, file: Path, layout: str, store: str, as_json: bool) -> None:
     """Write the published weights NAME to FILE for other programs, and print how such a net takes pictures.
 
     FILE ends in .safetensors, .pth (torchvision) or .h5 (keras); one that exists is not overwritten. A file of any format
@@ -213,7 +214,10 @@ def export_command(name: str, file: Path, layout: str, store: str) -> None:
     record, path = find_weights(store_to_read(store), name)
     check_export(record, file, layout)  # type: ignore[arg-type]
     use = export_weights(record, read_tensors(record, path), file, format=layout)  # type: ignore[arg-type]
-    click.echo(f"written: {file}\n{use}")
+    if as_json:
+        print_json({"name": record.name, "digest": record.digest, "file": str(file), "format": layout, "use": use})
+    else:
+        click.echo(f"written: {file}\n{use}")
 
 
 @weights.command("remove")
@@ -221,7 +225,8 @@ def export_command(name: str, file: Path, layout: str, store: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would be removed; change nothing.")
 @click.option("--force", is_flag=True, help="Also where stages of the store started from them.")
 @store_option
-def remove_command(name: str, dry_run: bool, force: bool, store: str) -> None:
+@json_option
+def remove_command(name: str, dry_run: bool, force: bool, store: str, as_json: bool) -> None:
     """Remove the published weights NAME from the store. Weights that stages started from are kept, unless --force.
 
     Finished stages, their packages and registered models keep working without them; such a stage could not be trained again.
@@ -231,19 +236,27 @@ def remove_command(name: str, dry_run: bool, force: bool, store: str) -> None:
         vggrow weights remove torchvision/vgg19 --dry-run
     """
     from training.published.library import plan_removal, remove_weights
-    from training.store import open_store
+    from training.store import store_to_read
 
-    opened = open_store(store)
+    opened = store_to_read(store)
     removal = plan_removal(opened, name)
+    told: dict[str, object] = {"name": removal.record.name, "digest": removal.record.digest, "folder": str(removal.folder)}
+    told |= {"bytes": removal.bytes, "stages": list(removal.stages)}
     what = f"{removal.record.name} ({removal.folder}, {removal.bytes / 1e6:,.1f} MB)"
     if removal.stages:
         what += f"; stages that started from them: {', '.join(removal.stages)}"
     if dry_run:
         refused = "; refused without --force" if removal.stages and not force else ""
-        click.echo(f"would remove {what}{refused}")
+        if as_json:
+            print_json(told | {"removed": False})
+        else:
+            click.echo(f"would remove {what}{refused}")
         return
     remove_weights(opened, removal, force=force, say=lambda line: click.echo(line, err=True))
-    click.echo(f"removed {what}")
+    if as_json:
+        print_json(told | {"removed": True})
+    else:
+        click.echo(f"removed {what}")
 
 
 def check_summary_options(context: click.Context) -> None:

@@ -1,20 +1,21 @@
 """`vggrow features`: features of pictures by any net with weights, as one Parquet file."""
 
 import json
+import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deploy.predict import Predictor, open_model
 from deploy.scans import scan_data
-from pipelines.manifest import HEADER, Manifest, Pictures
+from pipelines.manifest import HEADER
 from training.features.compute import Found, Workers, features_of
 from training.features.forward import set_up_device
 from training.features.source import (
@@ -30,9 +31,9 @@ from training.features.table import fixed_size_list
 from training.published.library import list_weights
 from training.ray_start import start_ray
 from training.store import Store
-from training.where import Where, cores
+from training.where import Where, check_where, cores
 from training.worker_count import most
-from vggcore.errors import DatasetError, RecipeError, StoreError
+from vggcore.errors import RecipeError, StoreError
 from vggcore.recipe import GATE, Data, Features, Pool, load_recipe
 from vggcore.schedule import Stage
 from vggcore.weights import save_weights
@@ -81,7 +82,9 @@ def write_features(
     what: "weights:NAME", the name of published weights of the store, or a MODEL. Raises VggrowError.
     """
     check_out(out)
-    set_up_device(where.device, asked.precision)
+    check_where(where, ())
+    if where.in_this_process:
+        set_up_device(where.device, asked.precision)
     with opened(what, where.store, tracking) as (found, own):
         spec = spec_of(asked, found, own, where.device)
         data = Data(root=source.absolute()) if source.is_dir() else load_recipe(source).data
@@ -91,7 +94,7 @@ def write_features(
             start_ray(
                 where.store, address=where.address, cpus=most(where.workers) * where.threads, stall_s=where.stall_s
             )
-        pictures = pictures_of(manifest, table)
+        pictures = manifest.pictures_of(table)
         features = features_of(
             pictures, spec, found, where.store, Workers.of(where), progress=progress, say=say
         )
@@ -108,6 +111,8 @@ def write_features(
 
 def check_out(out: Path) -> None:
     """StoreError where the file could not be written: it is better known before the work."""
+    if out.absolute().parent.is_dir() and not os.access(out.absolute().parent, os.W_OK):
+        raise StoreError(f"--out {out}: nothing may be written in {out.absolute().parent}; expected a folder of yours")
     if out.is_dir() or not out.absolute().parent.is_dir():
         what = "is a folder" if out.is_dir() else f"has no folder {out.absolute().parent}"
         raise StoreError(f"--out {out}: {what}; expected the path of a file to write, such as features.parquet")
@@ -122,8 +127,8 @@ def opened(what: str, store: Store, tracking: str) -> Iterator[tuple[FeatureSour
         return
     predictor = open_model(what, store=store.root, tracking=tracking)
     stage = Stage.model_validate_json(json.dumps(predictor.description["stage"]))
-    # Every worker must see the weights, which may lie in a registry: a copy in the store, for the time being.
-    scratch = store.scratch / f"features-{predictor.description['lineage'].get('stage_key', 'model')}.safetensors"
+    # Every worker must see the weights, which may lie in a registry: a copy in the store for this command alone.
+    scratch = store.scratch / f"features-{secrets.token_hex(8)}.safetensors"
     save_weights(predictor.weights, scratch)
     try:
         yield model_source(predictor, stage, scratch), stage
@@ -161,19 +166,6 @@ def spec_of(asked: Asked, source: FeatureSource, stage: Stage | None, device: st
     return pooled_spec(source, features, precision=precision)
 
 
-def pictures_of(manifest: Manifest, table: pa.Table) -> Pictures:
-    """Rows of a manifest's table as pictures."""
-    number_of = {label: number for number, label in enumerate(manifest.classes)}
-    return Pictures(
-        root=manifest.root,
-        paths=np.array(table["path"].to_pylist(), object),
-        labels=np.array([number_of[label] for label in table["class"].to_pylist()], np.int64),
-        heights=table["height"].to_numpy().astype(np.int64),
-        widths=table["width"].to_numpy().astype(np.int64),
-        contents=np.array(table["content"].to_pylist(), object),
-    )
-
-
 def write_table(out: Path, table: pa.Table, found: Found, spec: FeatureSpec, *, with_split: bool) -> None:
     """path, class, split (of a recipe), content, features; the spec is in the file's own metadata."""
     names = ["path", "class", *(["split"] if with_split else []), "content"]
@@ -185,12 +177,3 @@ def write_table(out: Path, table: pa.Table, found: Found, spec: FeatureSpec, *, 
     except (OSError, pa.ArrowException) as error:
         reason = refusal(out, error) if isinstance(error, OSError) else f"{out}: cannot be written ({error})"
         raise StoreError(reason) from error
-
-
-def read_features(path: Path) -> tuple[pa.Table, FeatureSpec]:
-    """What write_features wrote. Raises DatasetError for another file."""
-    try:
-        table = pq.read_table(path)
-        return table, FeatureSpec.model_validate_json(table.schema.metadata[HEADER])
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise DatasetError(f"{path}: not a file of features ({error}); make one with vggrow features") from error

@@ -24,6 +24,7 @@ from vggcore.schedule import Stage
 # Chosen before any test score was seen, and the same for every data set; a stage may do better with scales of its own.
 SCALE = 96
 FEATURES = Features(groups=(3, 4), pool="both", scales=(SCALE,))
+ROW = "features + logistic regression"                                  # ends the name in the table
 NETS = ("D", "E", "B", "A", "C", "A-LRN")                               # whose weights are taken where there are several
 NAMES = {"A": "VGG-11", "B": "VGG-13", "D": "VGG-16", "E": "VGG-19"}    # as they are known
 
@@ -41,11 +42,13 @@ def with_features(
 ) -> Yardsticks:
     """The plain classifiers with one more, on features of published weights, where the store has some.
 
-    Not where the schedule has such a stage itself. It learns from the pictures that the others learn from, and its penalty
-    is chosen on val. Suspected labels go to the schedule's folder. Raises VggrowError for pictures that have changed.
+    Not where the schedule has such a stage itself, or `found` that classifier. It learns from the pictures that the others
+    learn from, and its penalty is chosen on val. Suspected labels go to the schedule's folder. Raises VggrowError for
+    pictures that have changed.
     """
     record = weights_to_use(weights_at_hand(store))
-    if record is None or any(stage.fit == "logistic" and stage.weights_digest for stage in stages):
+    known = any(row.name.endswith(ROW) for row in found.rows)
+    if record is None or known or any(stage.fit == "logistic" and stage.weights_digest for stage in stages):
         return found
     say(f"yardsticks: features of weights:{record.name}")
     began = time.monotonic()
@@ -99,9 +102,10 @@ def scored_layer(
 ) -> Yardstick:
     """The row of the table."""
     logits = functional.linear(torch.from_numpy(values), layer.weight, layer.bias)
+    groups = " and ".join(map(str, FEATURES.groups))
     return scored(
-        f"{NAMES.get(record.net, f'net {record.net}')} features + logistic regression",
-        f"{values.shape[1]:,} values of weights:{record.name} at Q = {SCALE}, groups 3 and 4; C = {layer.chosen.c:g} by val",
+        f"{NAMES.get(record.net, f'net {record.net}')} {ROW}",
+        f"{values.shape[1]:,} values of weights:{record.name} at Q = {SCALE}, groups {groups}; C = {layer.chosen.c:g} by val",
         torch.softmax(logits.double(), 1).numpy(),
         test.labels,
         classes,

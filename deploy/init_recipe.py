@@ -102,7 +102,7 @@ def opening(asked: Asked, machine: Machine, weights: PublishedWeights | None) ->
     if weights is None:
         lines.append(
             "Of a few thousand pictures, or less, a linear model on published weights usually learns more than any net from"
-            f" scratch: `vggrow weights import {PUBLISHED}`, then `{typed(asked, f'{PREFIX}{PUBLISHED}')}`."
+            f" scratch: `vggrow weights import {PUBLISHED}{elsewhere(asked)}`, then `{again(asked, PUBLISHED)}`."
         )
     return lines
 
@@ -133,11 +133,16 @@ def suggestion(asked: Asked) -> str | None:
     with suppress(StoreError):
         found = list_weights(Store(Path(asked.store).expanduser().absolute()))
         if len(found) == 1:
-            weights = f"{PREFIX}{found[0].name}"
-            elsewhere = "" if asked.store == DEFAULT_STORE else f" --store {shlex.quote(asked.store)}"
-            forced = "" if asked.out else " --force"
-            return (
-                f"the store has published weights, which usually learn more from few pictures: {typed(asked, weights)}"
-                f"{elsewhere}{forced}"
-            )
+            command = again(asked, found[0].name)
+            return f"the store has published weights, which usually learn more from few pictures: {command}"
     return None
+
+
+def again(asked: Asked, name: str) -> str:
+    """The command that writes the recipe anew, from published weights."""
+    return f"{typed(asked, f'{PREFIX}{name}')}{elsewhere(asked)} --force"
+
+
+def elsewhere(asked: Asked) -> str:
+    """The store as an option, where it is not the usual one."""
+    return "" if asked.store == DEFAULT_STORE else f" --store {shlex.quote(asked.store)}"

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from deploy.line import Line
@@ -11,6 +12,7 @@ from deploy.yardsticks import read_yardsticks, result_rows, result_table
 from training.parents import published_ancestor
 from training.published.library import list_weights
 from training.store import DEFAULT_STORE, Store
+from vggcore.errors import StoreError
 from vggcore.published import PUBLISHED
 
 
@@ -44,9 +46,11 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
     wrong = verdict(line.measured, yardsticks)
     if wrong:
         opened = Store(Path(store).expanduser().absolute())
-        known = any(published_ancestor(stage, line.stages, opened) for stage in line.stages)
-        weights = [record.name for record in list_weights(opened)]
-        parts += ["", *wrong, what_to_try(pictures, known, weights, command, elsewhere)]
+        parts += ["", *wrong]
+        with suppress(StoreError):                  # the run is done: what is broken beside it must not hide its table
+            known = any(published_ancestor(stage, line.stages, opened) for stage in line.stages)
+            weights = [record.name for record in list_weights(opened)]
+            parts += [what_to_try(pictures, known, weights, command, elsewhere)]
     return "\n".join(parts)
 
 

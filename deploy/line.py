@@ -16,7 +16,7 @@ from deploy.package import log_package, write_package
 from deploy.registry import WEIGHTS_DIGEST_TAG, WEIGHTS_TAG, Registered, register_candidate
 from deploy.scans import scan_data
 from deploy.tracking_address import artifact_location, check_tracking, make_database, resolve_tracking
-from deploy.yardsticks import Measured, read_measured, require_scikit, write_yardsticks, yardsticks
+from deploy.yardsticks import Measured, read_measured, read_yardsticks, require_scikit, write_yardsticks, yardsticks
 from pipelines.cache import DecodedCache, make_cache
 from pipelines.colour import Colour
 from pipelines.loader import Batch, TrainLoader
@@ -266,6 +266,7 @@ def record_schedule(
                 "init_from": stage.init_from,
                 "parent_key": parent_key(stage, keys),
                 "mean": stage.mean,
+                **({"test_scales": list(stage.default_test_scales)} if stage.fit == "logistic" else {}),
             }
             for stage in stages
         ],
@@ -471,11 +472,14 @@ def measure_yardsticks(
     threads: int,
     say: Callable[[str], None],
 ) -> None:
-    """Fits plain classifiers on the same split, once a schedule."""
+    """Fits plain classifiers on the same split, once a schedule; the one on published weights when the store has some."""
     path = store.schedule(key) / "yardsticks.json"
-    if path.exists():
-        return
-    say("yardsticks: plain classifiers on the same pictures")
-    found = yardsticks(manifest.split("train"), manifest.split("test"), recipe.seed, threads=threads)
+    known = read_yardsticks(path) if path.exists() else None
+    if known is None:
+        say("yardsticks: plain classifiers on the same pictures")
+        found = yardsticks(manifest.split("train"), manifest.split("test"), recipe.seed, threads=threads)
+    else:
+        found = known
     found = with_features(found, store, manifest, stages, key, recipe.seed, threads=threads, say=say)
-    write_yardsticks(path, found)
+    if found is not known:
+        write_yardsticks(path, found)

@@ -1,7 +1,11 @@
 """The options that many commands have, and how they print JSON."""
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -83,3 +87,9 @@ def json_option(command: Command) -> Command:
 def print_json(value: Any) -> None:
     """JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def command_name() -> str:
+    """How this command is typed here: vggrow, or the path to it where it is not on PATH."""
+    beside = Path(sys.executable).with_name("vggrow")
+    return "vggrow" if shutil.which("vggrow") or not beside.exists() else os.path.relpath(beside)

@@ -38,7 +38,8 @@ class StagePlan:
 
     name: str
     net: str
-    scale: tuple[int, int]
+    scale: tuple[int, int]               # of the training views; with test_scales it plays no part
+    test_scales: tuple[int, ...] | None  # of a logistic fit: those of its features
     init_from: str | None
     key: str | None
     status: str                          # "done" | "begun" | "to do" | "unknown"
@@ -186,6 +187,7 @@ def stage_plan(
         name=stage.name,
         net=stage.net,
         scale=stage.scale,
+        test_scales=stage.default_test_scales if logistic else None,
         init_from=stage.init_from,
         key=key,
         status=status,
@@ -307,15 +309,15 @@ def plan_text(found: Plan) -> str:
         [stage_cells(stage) for stage in found.stages],
         left=(0, 1, 2, 3, 7),
     )
-    nets = {(stage.net, stage.parameters): stage for stage in found.stages}
     sizes = aligned(
         ("net", "parameters", "weights MB", "GiB a worker", "GFLOP a picture", "MB sent an iteration"),
-        [net_cells(stage) for stage in nets.values()],
+        net_rows(found.stages),
         left=(0,),
     )
     to_run = [stage for stage in found.stages if stage.status != "done"]
     starts = [origin_line(stage) for stage in found.stages if stage.init_from and stage.layers]
-    lines = [f"{head}, global batch {found.global_batch}", "", *stages, "", *sizes, ""]
+    batch = f", global batch {found.global_batch}" if any(stage.max_epochs for stage in found.stages) else ""
+    lines = [f"{head}{batch}", "", *stages, "", *sizes, ""]
     if starts:
         lines += ["first weights:", *starts, ""]
     if found.train_pictures is not None:
@@ -332,6 +334,8 @@ def origin_line(stage: StagePlan) -> str:
     taken = [origin.layer for origin in stage.layers if origin.source]
     random = [origin.layer for origin in stage.layers if not origin.source]
     source = next(origin.source for origin in stage.layers if origin.source)
+    if not stage.max_epochs:                  # a logistic fit finds its last layer anew, whatever the parent has
+        taken, random = [name for name in taken if name != stage.layers[-1].layer], [stage.layers[-1].layer]
     if not random:
         taken = ["all layers"]
     rest = f"; {'random' if stage.max_epochs else 'fitted'}: {', '.join(random)}" if random else ""
@@ -350,7 +354,7 @@ def stage_cells(stage: StagePlan) -> tuple[str, ...]:
     return (
         stage.name,
         stage.net,
-        str(low) if low == high else f"{low}-{high}",
+        ", ".join(map(str, stage.test_scales)) if stage.test_scales else str(low) if low == high else f"{low}-{high}",
         stage.init_from or "random",
         f"{stage.max_epochs:,}" if stage.max_epochs else "logistic fit",
         "-" if not stage.max_epochs else "?" if stage.max_iterations is None else f"{stage.max_iterations:,}",
@@ -359,10 +363,20 @@ def stage_cells(stage: StagePlan) -> tuple[str, ...]:
     )
 
 
+def net_rows(stages: Sequence[StagePlan]) -> list[tuple[str, ...]]:
+    """A row for all stages of equal sizes and costs; where one net has several, with their names."""
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for stage in stages:
+        names.setdefault((stage.net, net_cells(stage)), []).append(stage.name)
+    nets = [net for net, _ in names]
+    return [
+        (net if nets.count(net) == 1 else f"{net}: {', '.join(of)}", *cells) for (net, cells), of in names.items()
+    ]
+
+
 def net_cells(stage: StagePlan) -> tuple[str, ...]:
-    """What all stages of a net have in common, as text."""
+    """What stages of one net often have in common, as text."""
     return (
-        stage.net,
         f"{stage.parameters:,}",
         number(stage.weights_mb),
         number(stage.memory_per_worker_gib),

@@ -109,8 +109,9 @@ def check_places(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise RecipeError(f"{path}: is a folder, expected a file's name, such as --out {path / 'recipe.toml'}")
-        if path.parent.exists() and not path.parent.is_dir():
-            raise RecipeError(f"{path}: {path.parent} is a file, expected a folder; name another place by --out")
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise RecipeError(f"{path}: {above} is a file, expected a folder; name another place by --out")
 
 
 def check_free(texts: Mapping[Path, str], *, force: bool) -> None:

@@ -1,5 +1,6 @@
 """The lines of a starter recipe that all kinds of recipe share: what a line is, data, precision, what is registered."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -104,7 +105,8 @@ def register_table(facts: Facts, names: Sequence[str]) -> Table:
     """[register]: which stage, and what the first champion needs."""
     largest = max(facts.look.counts, key=lambda label: facts.look.counts[label])
     share = facts.look.counts[largest] / facts.look.pictures
-    floor = Setting("floor", round(share, 2), f"test top-1 that the first champion needs: {largest!r} alone is {share:.1%}")
+    above = min(0.99, (math.floor(100 * share) + 1) / 100)      # a net that always answers with that class is below it
+    floor = Setting("floor", above, f"test top-1 that the first champion needs: {largest!r} alone is {share:.1%}")
     best = (Setting("stage", "best on val", "test reports, and decides nothing"),) if len(names) > 1 else ()
     return Table("[register]", (*best, floor))
 

@@ -49,6 +49,7 @@ def look(work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
     too_old = age is not None and max_age is not None and age > max_age
     order = known_classes(work, reference, now, champion, too_old=too_old)
     manifest = manifest.in_order(order)
+    kept = [name for name in order if name in manifest.classes]       # a class that is gone is a matter of --accept
     reasons = news(last, now, age=age, max_age=max_age)
     problems = drift.problems if drift is not None else ()
     verdict = STOP if problems and work.accept is None else TRAIN if reasons else NOTHING_NEW
@@ -59,7 +60,7 @@ def look(work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
         "problems": list(problems),
         "accepted": work.accept if problems else None,
         "new_classes": trained != set(manifest.classes),
-        "known_classes": order if manifest.classes != tuple(sorted(order)) else [],
+        "known_classes": kept if manifest.classes != tuple(sorted(kept)) else [],
         "renewal": renewal(
             last, now, reference.records["decide"]["renewal"] if reference is not None else 0, too_old=too_old
         ),
@@ -136,5 +137,5 @@ def drift_from(work: Work, reference: Tick | None, manifest: Manifest) -> Drift 
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """16 hex characters for all that a recipe says; comments and order do not count."""
-    return digest(recipe.model_dump(mode="json"), hex_characters=16)
+    """16 hex characters for all that a recipe says; comments, order and keys at their defaults do not count."""
+    return digest(recipe.model_dump(mode="json", exclude_defaults=True), hex_characters=16)

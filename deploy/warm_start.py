@@ -14,6 +14,7 @@ from vggcore.class_order import added_classes, spoken_classes
 from vggcore.recipe import NewRows, Recipe, StageTable, parse_recipe
 from vggcore.recipe_checks import without_effect
 from vggcore.schedule import resolve_stages
+from vggcore.view_average import effective_views
 
 WARM = "-warm"            # ends the name of a stage that starts from a champion
 SLOWER = 0.1              # learning rate against the stage's own: Sec. 3.1 takes 1e-3 in place of 1e-2 on trained weights
@@ -99,6 +100,7 @@ def warm_recipe(
     slower = learning_rate or float(f"{SLOWER * own.learning_rate:.6g}")
     settings = table.model_dump(exclude={"learning_rate"}, exclude_unset=True)
     settings |= {"name": f"{table.name}{WARM}", "init_from": f"stage:{beginning.stage_key}"}
+    settings.pop("new_rows", None)
     if own.fit == "sgd":
         settings["learning_rate"] = slower
         if own.final_learning_rate:                                        # a cosine keeps its shape
@@ -113,6 +115,8 @@ def warm_recipe(
     if own.head == "linear":                                               # which is tested in one way
         for key in ("protocol", "scales", "views"):
             tables.get("evaluate", {}).pop(key, None)
+    if effective_views(recipe.evaluate.views, recipe.evaluate.protocol, own) == "none":      # what another stage alone used
+        tables.get("evaluate", {}).pop("views", None)
     for name in ("net", "augment", "train"):                               # what the others alone used
         for key in without_effect(recipe, table.name) & set(tables.get(name, {})):
             del tables[name][key]

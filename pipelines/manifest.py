@@ -99,7 +99,10 @@ class Manifest:
     def split(self, name: str) -> Pictures:
         """The pictures of split `name`: "train", "val", "test" or "gate" (none where there is no gate list)."""
         assert name in (*SPLITS, GATE), name
-        rows = self.table.filter(pc.equal(self.table["split"], name))
+        return self.pictures_of(self.table.filter(pc.equal(self.table["split"], name)))
+
+    def pictures_of(self, rows: pa.Table) -> Pictures:
+        """Rows of `table` as pictures."""
         number_of = {label: number for number, label in enumerate(self.classes)}
         return Pictures(
             root=self.root,

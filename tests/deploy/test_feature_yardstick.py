@@ -97,6 +97,8 @@ def test_with_published_weights_there_is_a_row_that_names_them(store: Store, man
     assert row.top1_accuracy == pytest.approx(right)
     write_yardsticks(store.root / "yardsticks.json", found)
     assert read_yardsticks(store.root / "yardsticks.json") == found
+    stages = resolve_stages(parse_recipe(RECIPE.format(root=photos), place="r", folder=photos))
+    assert with_features(found, store, manifest, stages, SCHEDULE, 0, threads=1, say=print) is found      # once is enough
 
 
 def test_a_schedule_that_has_such_a_stage_itself_needs_no_row(store: Store, manifest: Manifest, photos: Path) -> None:

@@ -263,6 +263,24 @@ def test_scales_of_the_linear_stage_fit_the_pictures_and_the_machine(counts, sid
     assert choose_scales(look(counts, side=side), machine, "bf16" if machine.bf16 else "fp32").scales == scales
 
 
+@pytest.mark.parametrize(
+    ("counts", "floor"),
+    [
+        ({"cat": 105, "dog": 75}, 0.59),
+        ({"a": 9, "b": 9}, 0.51),
+        ({"x": 3, "y": 22}, 0.89),
+        ({"good": 1000, "defective": 4}, 0.99),
+    ],
+)
+def test_a_net_that_always_answers_with_the_commonest_class_does_not_become_champion(counts, floor):
+    facts = facts_for(look(counts), LAPTOP, root=Path("/pictures"), weights=None, with_gate=False)
+
+    (register,) = (table for table in recipe_tables(facts, "pets") if table.heading == "[register]")
+
+    assert {setting.key: setting.value for setting in register.settings}["floor"] == floor
+    assert floor == 0.99 or floor > max(counts.values()) / sum(counts.values())
+
+
 def test_one_set_of_weights_in_the_store_is_suggested(tmp_path):
     folder = pets(tmp_path / "pets")
     published(tmp_path / "store")
@@ -386,6 +404,7 @@ REFUSED = [
     (pets, {"weights": "weights:"}, "expected weights:NAME"),
     (pets, {"weights": "weights:keras/vgg16"}, "no store there"),
     (pets, {"out": Path("/")}, "is a folder"),
+    (pets, {"out": Path(__file__) / "further" / "pets.toml"}, "test_init.py is a file, expected a folder"),
 ]
 
 

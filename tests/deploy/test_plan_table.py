@@ -12,7 +12,9 @@ import torch
 from deploy.plan_table import StagePlan, kept_for_backward, layer_text, number, plan, plan_text
 from pipelines.colour import SUMS, Colour
 from pipelines.manifest import SCHEMA, Manifest, fingerprint_of
+from tests.training.small_published import publish
 from training.freezing import freeze as freeze_groups
+from training.store import open_store
 from vggcore.errors import RecipeError
 from vggcore.initialise import initialise_net
 from vggcore.nets import build_net, layer_table
@@ -233,6 +235,47 @@ def test_a_plan_says_which_layers_come_from_where_and_which_are_random(tmp_path:
 
     first = text.splitlines()[0]
     assert first.startswith("  D-64: conv1_1, conv2_1, conv3_1, conv3_2, fc1, fc2, fc3 from 'A-64'; random: conv1_2, conv2_2, ")
+
+
+POOLED = """
+name = "pets"
+[data]
+source = "elpv"
+[net]
+crop = 32
+head = "linear"
+[[stage]]
+name = "fitted"
+net = "A"
+init_from = "weights:small/a"
+fit = "logistic"
+features = { groups = [3, 4], scales = [96, 160] }
+[[stage]]
+name = "tuned"
+net = "A"
+scale = 96
+init_from = "weights:small/a"
+freeze = 3
+features = { groups = [3, 4] }
+[[stage]]
+name = "again"
+net = "A"
+init_from = "tuned"
+fit = "logistic"
+features = { groups = [3, 4], scales = [96] }
+"""
+
+
+def test_a_fit_has_its_own_scales_and_stages_of_one_net_with_other_costs_are_told_apart(tmp_path: Path) -> None:
+    publish(open_store(tmp_path))
+
+    lines = plan_text(plan(recipe_of(POOLED), None, 1, tmp_path)).splitlines()
+
+    assert [line.split("  ")[0] for line in lines[3:6]] == ["fitted", "tuned", "again"]
+    assert "96, 160" in lines[3] and "96-160" not in lines[3]
+    nets = [line.split("  ")[0] for line in lines if line.startswith("A: ")]
+    assert len(nets) > 1 and {"fitted", "tuned"} <= {name for net in nets for name in net.removeprefix("A: ").split(", ")}
+    assert any(line.startswith("  again: conv1_1") and line.endswith("fitted: fc1") for line in lines)
 
 
 def test_numbers_in_place_of_a_scan_are_refused_where_there_is_one(tmp_path: Path) -> None:

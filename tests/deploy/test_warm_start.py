@@ -196,6 +196,17 @@ def test_a_linear_champion_is_fitted_again_on_its_own_convs(store):
     assert chosen(store, recipe=other).why.startswith("features is {'groups': [4]")
 
 
+def test_settings_that_only_other_stages_or_a_first_start_used_are_left_out(store):
+    flips = RECIPE.replace('protocol = "centre"', 'protocol = "dense"\nviews = "flips"')
+    flips = flips.replace('net = "A"\n', 'net = "A"\naugment = { flip_vertical = true }\n')
+    flips = flips.replace('init_from = "A-72"', f'init_from = "stage:{"e" * 16}"\nnew_rows = "random"')
+
+    recipe, text = warm_recipe(parsed(flips), chosen(store), learning_rate=None, seed=5, place=Path("/somewhere/pets.toml"))
+
+    assert "views" not in text and "new_rows" not in text and recipe.evaluate.protocol == "dense"
+    assert resolve_stages(parsed(flips))[1].flip_vertical is False
+
+
 def test_the_end_of_a_cosine_is_lowered_as_its_beginning_is(store):
     cosine = parsed(RECIPE.replace("[augment]", '[train]\nrule = "cosine"\nfinal_learning_rate = 5e-3\n[augment]'))
 

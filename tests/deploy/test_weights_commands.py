@@ -251,6 +251,10 @@ def test_removal_is_announced_tried_and_done(files, tmp_path):
     dry = vggrow("weights", "remove", "keras", "--dry-run", "--store", tmp_path)
     assert dry.returncode == 0 and dry.stdout.startswith("would remove keras (")
     assert len(list((tmp_path / "weights").iterdir())) == 1
+    told = json.loads(vggrow("weights", "remove", "keras", "--dry-run", "--json", "--store", tmp_path).stdout)
+    assert (told["name"], told["removed"], told["stages"]) == ("keras", False, []) and told["bytes"] > 50e6
+    refused(vggrow("weights", "remove", "keras", "--dry-run", "--store", tmp_path / "mistyped"), "mistyped")
+    assert not (tmp_path / "mistyped").exists()
 
     done = vggrow("weights", "remove", "keras", "--store", tmp_path)
 

@@ -27,7 +27,7 @@ def test_init_and_train_run_at_once_and_a_guess_is_called_one(tmp_path):
     recipe.write_text(re.sub(r"(warmup_epochs|max_epochs) = \d+", shorter, recipe.read_text()))      # as a user may edit it
     done = vggrow("train", "coins.toml", cwd=tmp_path)
 
-    assert begun.returncode == 0 and begun.stdout.endswith("next: vggrow train coins.toml --yardsticks\n"), begun.stderr
+    assert begun.returncode == 0 and begun.stdout.endswith("vggrow train coins.toml --yardsticks\n"), begun.stderr
     assert done.returncode == 0, done.stderr
     last, before = done.stdout.strip().splitlines()[-1], done.stdout.strip().splitlines()[-2]
     assert "is not shown to be better than chance: balanced accuracy" in before and "chance is 50.0 %" in before
