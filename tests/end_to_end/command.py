@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.end_to_end.preloaded import preloaded
+from tests.end_to_end.preloaded import Forked, preloaded
 from training.processes import ray_workers
 
 VGGROW = [sys.executable, "-m", "deploy"]
@@ -38,9 +38,16 @@ class Running:
         """Starts it in a process group of its own."""
         self.log = log
         self.file = log.open("w")
-        self.process = subprocess.Popen(
-            [*VGGROW, *map(str, words)], stdout=self.file, stderr=self.file, env=environment(), start_new_session=True
-        )
+        self.process: subprocess.Popen[bytes] | Forked
+        typed, wanted = [*map(str, words)], environment()
+        if preloaded().fits(wanted):
+            self.process = preloaded().start(
+                "deploy", typed, cwd=None, environment=wanted, out=self.file, err=self.file, apart=True
+            )
+        else:
+            self.process = subprocess.Popen(
+                [*VGGROW, *typed], stdout=self.file, stderr=self.file, env=wanted, start_new_session=True
+            )
 
     def send(self, number: int) -> None:
         """A signal to the command alone, as a person or a supervisor sends it."""

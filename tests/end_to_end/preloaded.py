@@ -1,7 +1,7 @@
 """Commands without the seconds of their imports: a process that has loaded torch, Ray and MLflow forks one for each command.
 
-Each command is a process of its own with its own arguments, environment, folder and output, and ends as Python ends. What it
-does not show is what a command loads, and in which order: tests of that, and of signals, start Python anew.
+Each command is a process of its own with its own arguments, environment, folder and output, takes signals and ends as Python
+does. What it does not show is what a command loads, and in which order: tests of that start Python anew.
 """
 
 import functools
@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import IO, Any
 
 MODULES = (
     "deploy.cli", "deploy.line", "deploy.retrain", "deploy.report", "deploy.predict", "training.fit", "ray.train.torch",
@@ -44,28 +46,75 @@ class Preloaded:
         """Whether a command in this environment may be forked here: what is read by imports is as it was."""
         return self.process.poll() is None and inherited(environment) == self.environment
 
+    def start(
+        self,
+        module: str,
+        words: list[str],
+        *,
+        cwd: Path | None,
+        environment: dict[str, str],
+        out: IO[Any],
+        err: IO[Any],
+        apart: bool = False,
+    ) -> "Forked":
+        """As subprocess.Popen of `python -m module words`; apart: in a session of its own."""
+        place = str(cwd or Path.cwd())
+        request = {"module": module, "words": words, "cwd": place, "environment": environment, "apart": apart}
+        answers, done = os.pipe()
+        with self.lock:
+            socket.send_fds(self.requests, [json.dumps(request).encode()], [out.fileno(), err.fileno(), done])
+        os.close(done)
+        return Forked(answers)
+
     def run(
         self, words: list[str], *, cwd: Path | None, environment: dict[str, str], timeout_s: float
     ) -> subprocess.CompletedProcess[str]:
         """As subprocess.run of `python -m deploy` with its output captured. Raises subprocess.TimeoutExpired."""
-        request = json.dumps({"words": words, "cwd": str(cwd or Path.cwd()), "environment": environment}).encode()
-        ended, done = os.pipe()
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, os.fdopen(ended) as answers:
-            with self.lock:
-                socket.send_fds(self.requests, [request], [out.fileno(), err.fileno(), done])
-            os.close(done)
-            command = int(answers.readline())
-            timer = threading.Timer(timeout_s, os.kill, (command, signal.SIGKILL))
-            timer.start()
-            code = int(answers.readline())
-            late = not timer.is_alive()
-            timer.cancel()
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            forked = self.start("deploy", words, cwd=cwd, environment=environment, out=out, err=err)
+            try:
+                code = forked.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                forked.kill()
+                raise
             out.seek(0)
             err.seek(0)
-            found = out.read().decode(), err.read().decode()
-        if late and code == -signal.SIGKILL:
-            raise subprocess.TimeoutExpired(words, timeout_s, *found)
-        return subprocess.CompletedProcess([*words], code, *found)
+            return subprocess.CompletedProcess([*words], code, out.read().decode(), err.read().decode())
+
+
+class Forked:
+    """A forked command, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, answers: int) -> None:
+        """answers: a pipe that brings its number, and at its end its exit code, a line each."""
+        self.answers, self.returncode = os.fdopen(answers), None
+        self.pid = int(self.answers.readline())
+
+    def __del__(self) -> None:
+        self.answers.close()
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        if self.returncode is None and select.select([self.answers], [], [], 0)[0]:
+            self.returncode = int(self.answers.readline())
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired."""
+        if self.returncode is None and not select.select([self.answers], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """A signal, where it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
 
 def inherited(environment: dict[str, str]) -> dict[str, str]:
@@ -81,8 +130,8 @@ def preloaded() -> Preloaded:
     return Preloaded(environment())
 
 
-def serve(requests: socket.socket) -> None:
-    """Forks a command for each request until the other end closes; returns in the command's own process alone."""
+def serve(requests: socket.socket) -> str:
+    """Forks a command for each request until the other end closes; in the command's own process alone gives its module."""
     for module in MODULES:
         __import__(module)
     gc.freeze()                              # else each command spends four seconds at its end on what it did not make
@@ -95,8 +144,9 @@ def serve(requests: socket.socket) -> None:
             os._exit(0)                      # who is between goes at once; who watches has written the exit code
         if between == 0:
             requests.close()
-            become(json.loads(message), *descriptors)
-            return
+            request = json.loads(message)
+            become(request, *descriptors)
+            return str(request["module"])
         os.waitpid(between, 0)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -122,9 +172,10 @@ def become(request: dict, out: int, err: int, done: int) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     tempfile.tempdir = None
-    sys.argv = ["vggrow", *request["words"]]
+    if request["apart"]:
+        os.setsid()
+    sys.argv = [request["module"], *request["words"]]
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("deploy", run_name="__main__", alter_sys=True)
+    runpy.run_module(serve(socket.socket(fileno=int(sys.argv[1]))), run_name="__main__", alter_sys=True)

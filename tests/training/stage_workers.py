@@ -4,13 +4,14 @@
 """
 
 import pickle
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch.distributed
 
+from tests.end_to_end.command import environment
+from tests.end_to_end.preloaded import Forked, preloaded
 from training.checkpoint import iterations_on_disk
 from training.stage_job import StageJob
 from training.store import Store
@@ -19,14 +20,19 @@ from training.worker import train_stage
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start_workers(job: StageJob, count: int, folder: Path) -> list[subprocess.Popen[bytes]]:
+def start_workers(job: StageJob, count: int, folder: Path) -> list[Forked]:
     """Starts `count` workers of the job; folder: new, for what they need to find each other."""
     folder.mkdir()
     (folder / "job.pickle").write_bytes(pickle.dumps(job))
-    command = [sys.executable, "-m", "tests.training.stage_workers", str(folder / "job.pickle")]
+    words, ours = [str(folder / "job.pickle")], environment()
+    assert preloaded().fits(ours)
     return [
-        subprocess.Popen([*command, str(rank), str(count), str(folder / "meeting")], cwd=ROOT) for rank in range(count)
-    ]
+        preloaded().start(
+            "tests.training.stage_workers", [*words, str(rank), str(count), str(folder / "meeting")],
+            cwd=ROOT, environment=ours, out=sys.__stdout__, err=sys.__stderr__,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
 
 
 def run_workers(job: StageJob, count: int, folder: Path) -> None:
@@ -35,7 +41,7 @@ def run_workers(job: StageJob, count: int, folder: Path) -> None:
     assert [worker.wait(timeout=300) for worker in workers] == [0] * count
 
 
-def kill_at(job: StageJob, iteration: int, workers: list[subprocess.Popen[bytes]]) -> None:
+def kill_at(job: StageJob, iteration: int, workers: list[Forked]) -> None:
     """SIGKILL for all workers once the job has a checkpoint of at least so many iterations."""
     folder, deadline = Store(job.store).stage(job.key), time.monotonic() + 600
     try:
@@ -46,7 +52,7 @@ def kill_at(job: StageJob, iteration: int, workers: list[subprocess.Popen[bytes]
         kill_workers(workers)
 
 
-def kill_workers(workers: list[subprocess.Popen[bytes]]) -> None:
+def kill_workers(workers: list[Forked]) -> None:
     """SIGKILL for all of them."""
     for worker in workers:
         worker.kill()
