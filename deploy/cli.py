@@ -89,7 +89,7 @@ def scan(source: Path, store: str, as_json: bool) -> None:
 @click.argument("recipe", type=RECIPE)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers to plan for.")
 @click.option("--pictures", type=click.IntRange(1), help="Training pictures to plan for, before a scan.")
-@click.option("--classes", type=click.IntRange(2), help="Classes to plan for, before a scan.  [default: 1000]")
+@click.option("--classes", type=click.IntRange(2), help="Classes to plan for, before a scan.  [default: 1000; 2 for elpv]")
 @store_option
 @json_option
 def plan(recipe: Path, workers: int, pictures: int | None, classes: int | None, store: str, as_json: bool) -> None:
@@ -286,7 +286,7 @@ def evaluate(
     \b
     Examples:
         vggrow evaluate models:/elpv@champion
-        vggrow evaluate D-72 --protocol centre --scales 72 --views flips
+        vggrow evaluate D-64 --protocol centre --scales 64 --views flips
     """
     test_scales, opened = parse_scales(scales), reading(store, tracking)
     uri = tracking_of(model, tracking, opened.root)

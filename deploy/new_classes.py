@@ -44,7 +44,7 @@ def person_check(old: Sequence[str], new: Sequence[str], command: str | None) ->
         return Check("new classes", True, "no class is new", "a person's decision")
     if command is None:
         return Check("new classes", True, f"{grown}; a person, or the pipeline, asks the gate", "a person's decision")
-    wanted = f'a person\'s decision: `{command}` asks the gate; or new_classes = "gate" in [gate] of the pipeline file'
+    wanted = f'a person\'s decision: run `{command}` to ask the gate, or set [gate] new_classes = "gate" in the pipeline file'
     return Check("new classes", False, grown, wanted)
 
 

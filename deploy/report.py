@@ -97,6 +97,7 @@ class StageView:
     status: str
     result: Mapping[str, Any]
     curves: Markup | None = None
+    curves_title: str = ""
     curves_in_words: str = ""
     evaluation: Mapping[str, Any] | None = None
     others: tuple[Mapping[str, Any], ...] = ()           # evaluations of this stage by other protocols
@@ -263,10 +264,11 @@ def stage_view(store: Path, schedule: Mapping[str, Any], place: int, manifest: M
         result=result,
     )
     if history:
-        words = penalties_in_words(history) if any("C" in row for row in history) else curves_in_words(epochs)
-        label = html.escape(f"Learning curves of {name}. {words}")
+        logistic = any("C" in row for row in history)
+        title, words = ("Penalties", penalties_in_words(history)) if logistic else ("Learning curves", curves_in_words(epochs))
+        label = html.escape(f"{title} of {name}. {words}")
         drawing = charts.svg(charts.draw_learning_curves(history), name=f"curves-{place + 1}", label=label)
-        view = replace(view, curves=Markup(drawing), curves_in_words=words)
+        view = replace(view, curves=Markup(drawing), curves_title=title, curves_in_words=words)
     elif result:
         missing.append("its history.jsonl is not in the store, so there are no learning curves")
     where = (schedule.get("evaluations") or {}).get(name)

@@ -236,7 +236,7 @@ def notes(facts: Facts) -> list[str]:
     if scratch.size is not scratch.by_count and facts.weights is None:
         limit = rules.SCRATCH_HOURS["gpu" if facts.machine.gpu else "cpu"]
         found.append(
-            f"{sharing.train:,} pictures in train deserve width {scratch.by_count.width:g} and crop {scratch.by_count.crop},"
-            f" which would take this machine more than {limit:g} h: width {scratch.size.width:g} was chosen"
+            f"for {sharing.train:,} training pictures width {scratch.by_count.width:g} and crop {scratch.by_count.crop} suit"
+            f" best but would take more than {limit:g} h on this machine; width {scratch.size.width:g} was chosen"
         )
     return found

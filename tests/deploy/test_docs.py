@@ -165,8 +165,8 @@ def test_recipes_and_pipelines_in_the_documents_can_be_read(tmp_path):
     assert len(whole) >= 2 and pipelines
     for path, text in whole:
         parse_recipe(text, place=str(path), folder=tmp_path)
-    (tmp_path / "solar.toml").touch()
     for _, text in pipelines:
+        (tmp_path / tomllib.loads(text)["recipe"]).touch()
         (tmp_path / "pipeline.toml").write_text(text)
         load_pipeline(tmp_path / "pipeline.toml")
 

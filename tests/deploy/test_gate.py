@@ -133,7 +133,7 @@ def test_models_that_cannot_be_compared_are_refused_without_numbers(name, change
     decision = decide(*change(*BETTER), GateRules(), use=1)
 
     assert not decision.promote and failed(decision) == [name]
-    assert re.match(rf"refused: .*{words}.*; wanted: ", decision.reason)
+    assert re.match(rf"refused: .*{words}.*; expected ", decision.reason)
     assert decision.p_value is decision.gain is decision.counts is None
     json.dumps(decision.to_json(), allow_nan=False)
 
@@ -141,14 +141,14 @@ def test_models_that_cannot_be_compared_are_refused_without_numbers(name, change
 @pytest.mark.parametrize(
     ("name", "facts", "rules", "words"),
     [
-        ("uses", {"use": 53}, {}, "this is use 53 of the gate list, planned for 52; wanted: .*renew"),
+        ("uses", {"use": 53}, {}, "this is use 53 of the gate list, planned for 52; expected .*renew"),
         ("uses", {"use": 2, "spent": 0.05}, {}, "the uses before it had 0.05 of alpha 0.05, and this one wants 0.000962"),
         ("leaks", {"use": 1, "leaks": ["a/1.png", "b/2.png"]}, {}, r"seen in training: 2 \(a/1.png, b/2.png\)"),
         ("leaks", {"use": 1, "leaks": list("abcde")}, {}, r"5 \(a, b, c, \.\.\.\)"),
         ("lineage", {"use": 1, "lineage_problems": ["stage 3f is not in the store"]}, {}, "stage 3f is not in the store"),
         ("gain", {"use": 1}, {"min_gain": 0.08}, r"gained 9\.0 points, at least \d\.\d.*a lower bound above 8\.0 points"),
-        ("size", {"use": 1}, {"max_size_mib": 10}, "takes 12.5 MiB; wanted: at most 10 MiB"),
-        ("latency", {"use": 1}, {"max_latency_ms": 5}, "latency: 8.0 ms a picture; wanted: at most 5 ms"),
+        ("size", {"use": 1}, {"max_size_mib": 10}, "takes 12.5 MiB; expected at most 10 MiB"),
+        ("latency", {"use": 1}, {"max_latency_ms": 5}, "latency: 8.0 ms a picture; expected at most 5 ms"),
     ],
 )
 def test_a_better_challenger_is_refused_for_any_one_condition(name, facts, rules, words):
@@ -357,7 +357,7 @@ def test_a_first_version_becomes_champion_from_the_floor_on():
     at, below, broken = (first_decision(top1, 0.8) for top1 in (0.8, 0.7999, math.nan))
 
     assert at.promote and at.reason == "promoted: test top-1 accuracy is 0.8000, at or above the floor 0.8000"
-    assert not below.promote and "0.7999; wanted: 0.8000 or above" in below.reason
+    assert not below.promote and "0.7999; expected 0.8000 or above" in below.reason
     assert not broken.promote
     json.dumps([each.to_json() for each in (at, below, broken)], allow_nan=False)
 

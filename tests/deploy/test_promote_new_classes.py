@@ -66,8 +66,8 @@ def test_with_new_classes_a_person_decides_and_the_command_then_asks_the_gate_wi
 
     assert (waits.action, waits.reason) == (again.action, again.reason) and waits.decision["p_value"] is None
     assert waits.reason.startswith(
-        "refused: class 'aardvark' is new since the champion; wanted: a person's decision: `vggrow models promote"
-        " models:/fish/2` asks the gate"
+        "refused: class 'aardvark' is new since the champion; expected a person's decision: run `vggrow models"
+        " promote models:/fish/2` to ask the gate"
     )
     assert before == ({"champion": "1", "challenger": "2"}, [], "refused")
     assert (done.action, done.champion) == ("promoted", "2") and len(uses(grown.gate)) == 1

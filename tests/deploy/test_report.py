@@ -495,6 +495,19 @@ def test_the_curves_of_a_long_run_stay_a_small_picture_with_every_drop_marked() 
     assert ">rate 0.001<" in drawing and ">rate 0.0001<" in drawing and len(drawing) < 60_000
 
 
+def test_penalties_of_a_fit_that_has_not_finished_are_called_so_for_the_eye_and_the_ear(tmp_path: Path) -> None:
+    made = make_store(tmp_path, ("cat", "dog"))
+    name, key = made.stages["stages"][2]["name"], made.stages["stages"][2]["key"]
+    figures = {"train_loss": 0.4, "val_loss": 0.5, "val_top1_accuracy": 0.8}
+    rows = [{"iteration": place, "C": c, **figures} for place, c in ((1, 1e-4), (2, 3e-4))]
+    (made.store / "stages" / key / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    page = Page(write_report(made.store, None))
+
+    assert [heading for level, heading in page.headings if level == 3].count("Penalties") == 1
+    assert f"Penalties of {name}" in page.source and f"Learning curves of {name}" not in page.source
+
+
 @pytest.mark.parametrize("history", [[], [{"iteration": 1, "train_loss": 0.5}], [{"epoch": 1, "iteration": 9}]])
 def test_curves_of_a_run_that_has_hardly_begun_are_drawn(history: list[dict]) -> None:
     assert Image.open(io.BytesIO(charts.learning_curves(history))).format == "PNG"

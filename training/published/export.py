@@ -26,7 +26,7 @@ ENDINGS: dict[Format, tuple[str, ...]] = {
 
 
 def check_export(record: PublishedWeights, file: Path, format: Format) -> None:
-    """Raises WeightsError where the weights cannot be said in this format, StoreError where the file is there already."""
+    """Raises WeightsError where the weights cannot be written in this format, StoreError where the file is there already."""
     if file.suffix not in ENDINGS[format]:
         raise WeightsError(f"{file}: expected a name that ends in {' or '.join(ENDINGS[format])} for --format {format}")
     if not file.absolute().parent.is_dir():
@@ -34,7 +34,8 @@ def check_export(record: PublishedWeights, file: Path, format: Format) -> None:
     if file.exists() or file.is_symlink():
         raise StoreError(f"{file}: exists already; name another file, or remove it first")
     if record.net == "A-LRN" and format != "vggrow":
-        raise WeightsError(f"{record.name}: net A-LRN cannot be said in {format}'s layout; use --format vggrow")
+        whose = "Keras'" if format == "keras" else "torchvision's"
+        raise WeightsError(f"{record.name}: net A-LRN cannot be written in {whose} layout; use --format vggrow")
     if file.suffix == ".pth" and record.mean != TORCHVISION.mean:
         raise WeightsError(
             f"{file}: the weights' mean is {mean_text(record.mean)}, which a .pth file cannot hold and torchvision's"
