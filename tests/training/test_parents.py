@@ -256,7 +256,36 @@ def test_a_stage_that_takes_its_parents_mean_must_be_standardised_as_it_was(stor
     change(store, fingerprint=ELSEWHERE)
     text = RECIPE.replace('root = "pictures"', 'root = "pictures"\nstandardise = true')
 
-    with pytest.raises(RecipeError, match=r"stage 'D-36': standardise is true, but not for 'stage:0123"):
+    with pytest.raises(RecipeError, match=r"stage 'D-36': standardise is true, expected false as in 'stage:0123"):
+        settle(stages_of(text), store, HERE)
+
+
+def test_a_stage_that_asks_for_the_pictures_mean_need_not_be_standardised_as_its_parent(store):
+    text = RECIPE.replace('root = "pictures"', 'root = "pictures"\nstandardise = true')
+
+    stages = settle(stages_of(text.replace("scale = 36", 'scale = 36\nmean = "data"')), store, HERE)
+
+    assert (stages[0].mean, stages[0].standardise) == ("data", True)      # its parent in the store is not
+
+
+@pytest.mark.parametrize(
+    ("of_all", "own", "words"),
+    [
+        ("true", ("published", "false"), r"stage 'fine': standardise is true, expected false as in 'published'"),
+        ("false", ("fine", "true"), r"stage 'fine': standardise is true, expected false as in 'published'"),
+        ("true", ("D-36", "false"), r"stage 'D-36': standardise is false, expected true as in 'stage:0123"),
+        ("false", ("D-48", "true"), r"stage 'D-48': standardise is true, expected false as in 'D-36'"),
+    ],
+)
+def test_a_mean_passed_down_a_recipe_comes_with_its_deviation_or_is_refused(store, of_all, own, words):
+    publish(store)
+    about = json.loads((store.stage(KEY) / "stage.json").read_text())
+    record = about["stage"] | {"standardise": of_all == "true"}
+    change(store, fingerprint=ELSEWHERE, stage=record)
+    text = (RECIPE + PUBLISHED).replace('root = "pictures"', f'root = "pictures"\nstandardise = {of_all}')
+    text = text.replace(f'name = "{own[0]}"\n', f'name = "{own[0]}"\nstandardise = {own[1]}\n')
+
+    with pytest.raises(RecipeError, match=words):
         settle(stages_of(text), store, HERE)
 
 
