@@ -19,6 +19,8 @@ PICTURE_TO_CROP = 256 / 224     # shorter side to crop where validation reads th
 # What a stage's table says of itself; all its other keys take the place of a key of [net], [data], [augment] or [train].
 OWN = frozenset({"name", "net", "scale", "init_from", "mean", "fit", "freeze", "new_rows", "augment"})
 
+NONE = "none"       # switches a setting of a shared table off in one stage: TOML has no null
+
 # Settings that only some stages use: when, and what to say of the others.
 USED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "features": (lambda stage: stage["head"] == "linear", 'without head = "linear"'),
@@ -58,6 +60,8 @@ def written_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
     settings |= {name: getattr(table, name) for name in own_keys(table)}
     if table.augment is not None:
         settings |= {name: getattr(table.augment, name) for name in table.augment.model_fields_set}
+    for name in ("area", "class_weights"):
+        settings[name] = None if settings[name] == NONE else settings[name]
     own = {"net": table.net, "fit": table.fit, "freeze": table.freeze, "mean": table.mean}
     return settings | own | {"new_rows": table.new_rows or "means"}
 
@@ -173,11 +177,10 @@ def check_stage(table: "StageTable", stages: Mapping[str, Settings]) -> None:
         check_logistic(table, stage)
     elif stage["features"] and (len(stage["features"].scales) > 1 or stage["features"].flip):
         raise ValueError(f'{place}: several features.scales, and features.flip, need fit = "logistic"; give one scale')
-    if stage["balance"] and stage["class_weights"] is not None:
-        raise ValueError(f"{place}: class_weights and balance both weigh classes; keep one of the two")
     if table.fit == "sgd":
         check_epochs(place, stage)
     check_initialise(table, stages)
+        check_weighing(table, stage)
 
 
 def check_scale(table: "StageTable", stage: Settings) -> None:
@@ -216,6 +219,20 @@ def check_logistic(table: "StageTable", stage: Settings) -> None:
 
 def check_epochs(place: str, stage: Settings) -> None:
     """ValueError for a warm-up or an average that is longer than the stage."""
+def check_weighing(table: "StageTable", stage: Settings) -> None:
+    """ValueError for a stage whose classes are weighed in two ways."""
+    if not stage["balance"] or stage["class_weights"] is None:
+        return
+    own = own_keys(table)
+    if "balance" in own and "class_weights" not in own:
+        advice = 'set class_weights = "none" in this stage'
+    elif "class_weights" in own and "balance" not in own:
+        advice = "set balance = 0 in this stage"
+    else:
+        advice = "keep one of the two"
+    raise ValueError(f"stage {table.name!r}: class_weights and balance both weigh classes; {advice}")
+
+
     epochs = stage["max_epochs"]
     if stage["warmup_epochs"] >= epochs and stage["warmup_epochs"]:
         raise ValueError(f"{place}: warmup_epochs is {stage['warmup_epochs']}, expected less than max_epochs, {epochs}")
