@@ -77,9 +77,11 @@ def stage_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
     "scale" is (low, high), "features" is None or has its scales. Raises ValueError, with the stage's name, for what
     cannot be.
     """
-    from vggcore.recipe import Augment, Features  # the models know this module
+    from vggcore.recipe import Augment, Features, Train  # the models know this module
 
     settings = written_settings(recipe, table)
+    neutral = dict(Augment()) | dict(Train())
+    settings |= {name: neutral[name] for name, (used, _) in USED.items() if name in neutral and not used(settings)}
     if settings["head"] == "linear":
         settings |= {"features": settings["features"] or Features(), "dropout": 0.0}
     else:
