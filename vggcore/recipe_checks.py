@@ -310,10 +310,6 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     for name in evaluate.stages or ():
         if name not in names:
             raise ValueError(f"[evaluate] stages: no stage {name!r}{nearest(name, names)}")
-    crops = [stage["crop"] for stage in stages.values() if stage["head"] != "linear"]
-    for scale in evaluate.scales or ():
-        if crops and scale < max(crops):
-            raise ValueError(f"[evaluate] scales: {scale} is below the crop, {max(crops)}; a net needs its crop at least")
     if register.stage not in (None, BEST_ON_VAL, *names):
         raise ValueError(f"[register] stage: no stage {register.stage!r}{nearest(str(register.stage), [*names, BEST_ON_VAL])}")
     chosen = [table.name for table in registrable(recipe)]
@@ -336,5 +332,8 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     if register.weights != "last" and not trained:
         raise ValueError(f'[register] weights has no effect: stage {chosen[0]!r} has fit = "logistic", and one set of weights')
     for name in trained:
+    for scale in evaluate.scales or ():
+        if scale < (crop := max(stage["crop"] for stage in measured)):
+            raise ValueError(f"[evaluate] scales: {scale} is below the crop, {crop}; a net needs its crop at least")
         if register.weights == "average" and not stages[name]["average"]:
             raise ValueError(f'[register] weights = "average": stage {name!r} has no average; set [train] average')
