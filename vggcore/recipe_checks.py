@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vggcore.recipe import Evaluate, Recipe, StageTable
+    from vggcore.recipe import Evaluate, Features, Recipe, StageTable
 
 Settings = Mapping[str, Any]
 
@@ -247,14 +247,22 @@ def check_weighing(table: "StageTable", stage: Settings) -> None:
         )
 
 
+def same_features(one: "Features | None", other: "Features | None") -> bool:
+    """Whether two linear layers see the same values; sizes of pictures apart, as long as there are as many."""
+    if one is None or other is None:
+        return one is other
+    return (one.groups, one.pool, len(one.scales or ())) == (other.groups, other.pool, len(other.scales or ()))
+
+
 def check_initialise(table: "StageTable", stages: Mapping[str, Settings]) -> None:
     """ValueError for first weights of a stage whose parent gives every layer."""
     parent = table.init_from
     if table.initialise is None or parent not in stages:
         return
-    same = ("net", "head", "features", "width")
-    if all(stages[table.name].get(name) == stages[str(parent)].get(name) for name in same):
-        net = stages[table.name]["net"]
+    here, there = stages[table.name], stages[str(parent)]
+    same = all(here[name] == there[name] for name in ("net", "head", "width"))
+    if same and same_features(here["features"], there["features"]):
+        net = here["net"]
         raise ValueError(
             f"stage {table.name!r}: initialise has no effect: {parent!r} is a net {net} too and gives every layer; remove it,"
             " or init_from"
