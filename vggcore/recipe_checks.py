@@ -138,13 +138,13 @@ def check_names(tables: Sequence["StageTable"]) -> None:
     names: list[str] = []
     for table in tables:
         if table.name in names:
-            raise ValueError(f"stage {table.name!r} stands twice; each needs its own name")
+            raise ValueError(f"stage {table.name!r} is defined twice; each needs its own name")
         names.append(table.name)
     for table in tables:
         parent = table.init_from
         if parent is not None and parent not in names and stored_key(parent) is None and weights_name(parent) is None:
             hint = nearest(parent, names)
-            raise ValueError(f"stage {table.name!r}: init_from names {parent!r}, which is no stage here{hint}")
+            raise ValueError(f"stage {table.name!r}: init_from names {parent!r}, which is not a stage of this recipe{hint}")
 
 
 def check_circles(tables: Sequence["StageTable"]) -> None:

@@ -183,7 +183,7 @@ def test_a_parent_of_another_width_is_refused_before_anything_starts(store):
 
 
 def test_a_key_that_is_none_is_a_stage_that_does_not_exist():
-    with pytest.raises(RecipeError, match=r"init_from names 'stage:0123', which is no stage here"):
+    with pytest.raises(RecipeError, match=r"init_from names 'stage:0123', which is not a stage of this recipe"):
         parse_recipe(RECIPE.replace(KEY, "0123"), place="pets.toml", folder=Path("/somewhere"))
 
 
