@@ -32,7 +32,7 @@ USED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "final_learning_rate": (lambda stage: stage["rule"] == "cosine", 'without rule = "cosine"'),
     "aspect": (lambda stage: stage["area"] is not None, "without area"),
 }
-# A logistic fit has no views, no rate and no epochs: of [augment] and [train] it uses these two.
+# A logistic fit has no views, no rate and no epochs: of [net], [data], [augment] and [train] it uses these.
 LOGISTIC_USES = frozenset({"head", "features", "width", "standardise", "precision", "class_weights"})
 
 
@@ -77,17 +77,18 @@ def stage_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
     "scale" is (low, high), "features" is None or has its scales. Raises ValueError, with the stage's name, for what
     cannot be.
     """
-    from vggcore.recipe import Augment, Features, Train  # the models know this module
+    from vggcore.recipe import Augment, Features, Net, Train  # the models know this module
 
     settings = written_settings(recipe, table)
     neutral = dict(Augment()) | dict(Train())
+    if table.fit == "logistic":
+        unused = dict(Net()) | neutral | dict(Augment(flip=False, colour=0.0))
+        settings |= {name: value for name, value in unused.items() if name not in LOGISTIC_USES}
     settings |= {name: neutral[name] for name, (used, _) in USED.items() if name in neutral and not used(settings)}
     if settings["head"] == "linear":
         settings |= {"features": settings["features"] or Features(), "dropout": 0.0}
     else:
         settings["features"] = None
-    if table.fit == "logistic":
-        settings |= dict(Augment(flip=False, colour=0.0))
     scale = settings["scale"] = stage_scale(table, settings)
     features = settings["features"]
     if features is not None and features.scales is None:
@@ -180,9 +181,9 @@ def check_stage(table: "StageTable", stages: Mapping[str, Settings]) -> None:
     elif stage["features"] and (len(stage["features"].scales) > 1 or stage["features"].flip):
         raise ValueError(f'{place}: several features.scales, and features.flip, need fit = "logistic"; give one scale')
     if table.fit == "sgd":
+        check_weighing(table, stage)
         check_epochs(place, stage)
     check_initialise(table, stages)
-        check_weighing(table, stage)
 
 
 def check_scale(table: "StageTable", stage: Settings) -> None:
@@ -219,8 +220,6 @@ def check_logistic(table: "StageTable", stage: Settings) -> None:
         raise ValueError(f'{place}: {sorted(unused)[0]} has no effect with fit = "logistic"; remove it')
 
 
-def check_epochs(place: str, stage: Settings) -> None:
-    """ValueError for a warm-up or an average that is longer than the stage."""
 def check_weighing(table: "StageTable", stage: Settings) -> None:
     """ValueError for a stage whose classes are weighed in two ways."""
     if not stage["balance"] or stage["class_weights"] is None:
@@ -235,6 +234,8 @@ def check_weighing(table: "StageTable", stage: Settings) -> None:
     raise ValueError(f"stage {table.name!r}: class_weights and balance both weigh classes; {advice}")
 
 
+def check_epochs(place: str, stage: Settings) -> None:
+    """ValueError for a warm-up or an average that is longer than the stage."""
     epochs = stage["max_epochs"]
     if stage["warmup_epochs"] >= epochs and stage["warmup_epochs"]:
         raise ValueError(f"{place}: warmup_epochs is {stage['warmup_epochs']}, expected less than max_epochs, {epochs}")
@@ -271,6 +272,7 @@ def check_initialise(table: "StageTable", stages: Mapping[str, Settings]) -> Non
 
 def check_effects(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     """ValueError for the first setting without effect: of a stage, or of a table that all stages share."""
+    logistic = all(table.fit == "logistic" for table in recipe.stages)
     for table in recipe.stages:
         written = own_keys(table) | (table.augment.model_fields_set if table.augment else set())
         for name in sorted(written & USED.keys()):
@@ -278,6 +280,9 @@ def check_effects(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
             if not used(stages[table.name]):
                 raise ValueError(f"stage {table.name!r}: {name} has no effect {words}; remove it")
     for place, shared in (("net", recipe.net), ("augment", recipe.augment), ("train", recipe.train)):
+        unused = sorted(shared.model_fields_set - LOGISTIC_USES) if logistic else []
+        if unused:
+            raise ValueError(f'[{place}] {unused[0]} has no effect: every stage has fit = "logistic"; remove it')
         for name in sorted(shared.model_fields_set & USED.keys()):
             used, words = USED[name]
             if not any(used(stage) for stage in stages.values()):
@@ -288,7 +293,11 @@ def without_effect(recipe: "Recipe", name: str) -> set[str]:
     """The keys of [net], [augment] and [train] that one stage does not use."""
     table = next(table for table in recipe.stages if table.name == name)
     settings = stage_settings(recipe, table)
-    return {key for key, (used, _) in USED.items() if not used(settings)}
+    unused = {key for key, (used, _) in USED.items() if not used(settings)}
+    if table.fit == "logistic":
+        tables = (recipe.net, recipe.augment, recipe.train)
+        unused |= {key for shared in tables for key in type(shared).model_fields} - LOGISTIC_USES
+    return unused
 
 
 def registrable(recipe: "Recipe") -> list["StageTable"]:
@@ -324,6 +333,9 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     measured = [stages[name] for name in {*(evaluate.stages or names[-1:]), *chosen} if stages[name]["head"] != "linear"]
     if not measured:
         check_linear_test(evaluate)
+    for scale in evaluate.scales or ():
+        if scale < (crop := max(stage["crop"] for stage in measured)):
+            raise ValueError(f"[evaluate] scales: {scale} is below the crop, {crop}; a net needs its crop at least")
     if evaluate.views == "flips" and evaluate.protocol == "dense" and not any(one["flip_vertical"] for one in measured):
         raise ValueError(
             '[evaluate] views = "flips" has no effect with protocol = "dense", which averages with the mirror image, unless a'
@@ -340,8 +352,5 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     if register.weights != "last" and not trained:
         raise ValueError(f'[register] weights has no effect: stage {chosen[0]!r} has fit = "logistic", and one set of weights')
     for name in trained:
-    for scale in evaluate.scales or ():
-        if scale < (crop := max(stage["crop"] for stage in measured)):
-            raise ValueError(f"[evaluate] scales: {scale} is below the crop, {crop}; a net needs its crop at least")
         if register.weights == "average" and not stages[name]["average"]:
             raise ValueError(f'[register] weights = "average": stage {name!r} has no average; set [train] average')

@@ -45,11 +45,6 @@ seed = 3
 root = "{root}"
 [net]
 head = "linear"
-crop = 32
-[train]
-global_batch = 9
-max_epochs = 1
-learning_rate = 1e-4
 [[stage]]
 name = "both"
 net = "A"
@@ -72,6 +67,10 @@ net = "A"
 scale = 36
 init_from = "one"
 freeze = 1
+crop = 32
+global_batch = 9
+max_epochs = 1
+learning_rate = 1e-4
 features = { groups = [1, 2], pool = "average" }
 """
 

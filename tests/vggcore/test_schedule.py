@@ -213,6 +213,18 @@ def test_a_logistic_fits_key_holds_what_can_change_its_one_layer_and_nothing_els
     assert len({key(""), *others}) == 7
 
 
+def test_a_logistic_fit_is_the_same_stage_beside_others_that_have_views_and_rates():
+    shared = """[net]\ncrop = 64\ndropout = 0.1\n[augment]\narea = [0.1, 1.0]\nmixup = 0.2
+[train]\noptimiser = "adamw"\nmax_epochs = 3\naverage = 2\ncheckpoint_every = "1min"\nbalance = 0.5"""
+    top, *stages = RECIPE.replace("scale = 256\n", "").replace("scale = 384\n", "").split("[[stage]]")
+    alone = stages_of(top + LINEAR)[0]
+
+    beside = stages_of("[[stage]]".join([top, *stages]) + LINEAR + shared)
+
+    assert [stage for stage in beside if stage.name == "linear"] == [alone]
+    assert {stage.crop for stage in beside if stage.name != "linear"} == {64} != {alone.crop}
+
+
 def test_published_weights_count_as_the_parent_by_their_digest_and_not_by_their_name():
     def key(name: str, digest: str) -> str:
         text = RECIPE.replace('init_from = "A-256"', f'init_from = "weights:{name}"')
