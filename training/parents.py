@@ -61,7 +61,8 @@ def settle(stages: Sequence[Stage], store: Store, fingerprint: str) -> tuple[Sta
     """The stages with what only the store knows: digests of published weights, and whose mean each takes.
 
     stages: parents first. Where the recipe does not say, a stage takes its parent's mean and deviation when the parent is
-    published weights, was trained on other pictures than `fingerprint`, or took its own parent's; else the pictures'.
+    published weights, was trained on other pictures than `fingerprint`, or took its own parent's; else the pictures'. Where
+    a parent has the pictures' own mean, "weights" is "data": one stage, one key.
     Raises StoreError for weights or stages that are not there, RecipeError for a deviation that weights do not have.
     """
     settled: dict[str, Stage] = {}
@@ -82,6 +83,7 @@ def settle(stages: Sequence[Stage], store: Store, fingerprint: str) -> tuple[Sta
         mean = stage.mean or ("weights" if brings else "data")
         if mean == "weights" and standardised != stage.standardise:
             raise RecipeError(unlike_parent(stage))
+        mean = mean if brings else "data"      # of a parent that learned with these pictures' mean the same numbers
         settled[stage.name] = stage.model_copy(update={"mean": mean, "weights_digest": digest})
     return tuple(settled.values())
 

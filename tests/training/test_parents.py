@@ -195,6 +195,12 @@ def test_stages_on_the_pictures_of_their_parent_keep_their_keys_and_take_the_pic
     assert stage_colour(stages[0], keys_of(stages), store, DATA) == DATA
 
 
+def test_a_parents_mean_that_is_the_pictures_own_makes_no_other_stage(store):
+    stages = settle(stages_of(RECIPE.replace("scale = 48", 'scale = 48\nmean = "weights"')), store, HERE)
+
+    assert keys_of(stages) == keys_of(stages_of())
+
+
 def test_new_pictures_leave_the_mean_under_the_old_weights_as_it_was(store):
     change(store, fingerprint=ELSEWHERE)
 
