@@ -61,35 +61,45 @@ def settle(stages: Sequence[Stage], store: Store, fingerprint: str) -> tuple[Sta
     """The stages with what only the store knows: digests of published weights, and whose mean each takes.
 
     stages: parents first. Where the recipe does not say, a stage takes its parent's mean and deviation when the parent is
-    published weights, was trained on other pictures than `fingerprint`, or took its own parent's; else the pictures'.
+    published weights, was trained on other pictures than `fingerprint`, or took its own parent's; else the pictures'. Where
+    a parent has the pictures' own mean, "weights" is "data": one stage, one key.
     Raises StoreError for weights or stages that are not there, RecipeError for a deviation that weights do not have.
     """
     settled: dict[str, Stage] = {}
     for stage in stages:
         name, key = weights_name(stage.init_from), stored_key(stage.init_from)
-        changes: dict[str, Any] = {}
+        digest, standardised = None, stage.standardise      # of the weights that it starts from
         if name is not None:
-            record, _ = find_weights(store, name)
-            changes["weights_digest"] = record.digest
-            brings = True
+            digest, standardised, brings = find_weights(store, name)[0].digest, False, True
         elif key is not None:
             about = stage_record(stage, store, key)
             brings = about["fingerprint"] != fingerprint or about["stage"].get("mean") == "weights"
-            if (stage.mean or brings) and about["stage"]["standardise"] != stage.standardise:
-                raise RecipeError(
-                    f"stage {stage.name!r}: standardise is {str(stage.standardise).lower()}, but not for"
-                    f" {stage.init_from!r}, whose mean and deviation it takes; set it as there"
-                )
+            standardised = about["stage"]["standardise"]
+        elif stage.init_from is not None:
+            parent = settled[stage.init_from]
+            brings, standardised = parent.mean == "weights", parent.standardise
         else:
-            brings = stage.init_from is not None and settled[stage.init_from].mean == "weights"
-        changes["mean"] = stage.mean or ("weights" if brings else "data")
-        settled[stage.name] = stage.model_copy(update=changes)
-        if name is not None and changes["mean"] == "weights" and stage.standardise:
-            raise RecipeError(
-                f"stage {stage.name!r}: standardise = true, but {stage.init_from} have their deviation within the first conv;"
-                " set standardise = false for this stage"
-            )
+            brings = False
+        mean = stage.mean or ("weights" if brings else "data")
+        if mean == "weights" and standardised != stage.standardise:
+            raise RecipeError(unlike_parent(stage))
+        mean = mean if brings else "data"      # of a parent that learned with these pictures' mean the same numbers
+        settled[stage.name] = stage.model_copy(update={"mean": mean, "weights_digest": digest})
     return tuple(settled.values())
+
+
+def unlike_parent(stage: Stage) -> str:
+    """What is wrong with `standardise` of a stage that takes its parent's mean and deviation."""
+    if weights_name(stage.init_from) is not None:
+        return (
+            f"stage {stage.name!r}: standardise = true, but {stage.init_from} have their deviation within the first conv;"
+            " set standardise = false for this stage"
+        )
+    here, there = str(stage.standardise).lower(), str(not stage.standardise).lower()
+    return (
+        f"stage {stage.name!r}: standardise is {here}, expected {there} as in {stage.init_from!r}, whose mean and deviation it"
+        f' takes; set standardise = {there} for this stage, or mean = "data"'
+    )
 
 
 def check_named(stages: Sequence[Stage], store: Store) -> None:

@@ -18,7 +18,7 @@ from training.stage_run import StageRun
 from training.stop_switch import STOP_WAIT_S, Interrupted, StopSwitch
 from training.where import Where, cores
 from training.worker_count import most
-from vggcore.errors import TrackingError, TrainingError
+from vggcore.errors import TrackingError, TrainingError, VggrowError
 from vggcore.schedule import Stage
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,14 @@ class Crew:
         """Starts a stage; what keeps it from starting is its error."""
         del self.waiting[stage.name]
         key, where, manifest = self.keys[stage.name], self.where, self.manifest
-        parent = parent_of(stage, self.stages, self.keys, where.store, manifest.classes)
-        colour = stage_colour(stage, self.keys, where.store, manifest.colour)
+        try:
+            parent = parent_of(stage, self.stages, self.keys, where.store, manifest.classes)
+            colour = stage_colour(stage, self.keys, where.store, manifest.colour)
+        except VggrowError as error:      # what it starts from was removed while others trained
+            self.errors[stage.name] = error
+            self.listener.stage_left_out(stage, key, f"not started: {error}")
+            logger.info("stage %s: %s", stage.name, error)
+            return
         run = StageRun(stage, key, parent, colour, manifest, where, self.listener)
         self.running[stage.name] = run
         self.switch.on_stop = self.ask_all_to_stop

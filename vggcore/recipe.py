@@ -51,6 +51,7 @@ Count = Annotated[int, Field(ge=1)]
 Group = Annotated[int, Field(ge=1, le=5)]        # a conv group of Table 1
 Factor = Annotated[float, Field(gt=0, le=1)]
 ClassWeights = Literal["balanced"] | dict[str, Positive]
+ClassWeightsWritten = Literal["balanced", "none"] | dict[str, Positive]     # "none": a shared table's are not for this stage
 
 
 def array(value: Any) -> Any:
@@ -84,8 +85,21 @@ def interval(values: tuple[float, float]) -> tuple[float, float]:
     return values
 
 
+def area_range(value: Any) -> Any:
+    """Shares of the picture as written in TOML, [low, high], as a tuple; "none" as it is."""
+    if value == "none":
+        return value
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(share) in (int, float) for share in value):
+        raise ValueError(f'found {value!r}, expected [low, high], shares of the picture, or "none"')
+    low, high = interval((value[0], value[1]))
+    if high > 1:
+        raise ValueError(f"found {list(value)}, expected shares of the picture, at most 1")
+    return (low, high)
+
+
 Groups = Annotated[tuple[Group, ...], BeforeValidator(array), AfterValidator(ascending)]
 Scales = Annotated[tuple[Count, ...], BeforeValidator(array), AfterValidator(ascending)]
+Area = Annotated[tuple[float, float] | Literal["none"], BeforeValidator(area_range)]
 Interval = Annotated[tuple[float, float], BeforeValidator(array), AfterValidator(interval)]
 
 
@@ -245,7 +259,7 @@ class Train(Frozen):
     max_epochs: Count = 74
     label_smoothing: Share = 0.0
     balance: Annotated[float, Field(ge=0, le=1)] = 0.0   # 0: classes as they come; 1: each class equally often
-    class_weights: ClassWeights | None = None            # factors on the losses; their mean over train is 1
+    class_weights: ClassWeightsWritten | None = None            # factors on the losses; their mean over train is 1
     average: Annotated[int, Field(ge=0)] = 0             # epochs at the end whose weights are averaged; 0: none
     precision: Precision = "fp32"
     channels_last: bool = True
@@ -268,18 +282,11 @@ class Augment(Frozen):
     flip: bool = True
     flip_vertical: bool = False
     quarter_turns: bool = False
-    area: Interval | None = None                         # share of the picture that a crop covers (Szegedy et al. 2015)
+    area: Area | None = None                             # share of the picture that a crop covers (Szegedy et al. 2015)
     aspect: Interval | None = None                       # of these crops, width to height; not given: 3/4 to 4/3
     colour: Annotated[float, Field(ge=0)] = 0.1          # deviation of the three colour strengths (Sec. 3.1)
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0   # alpha of Beta(alpha, alpha) (Zhang et al. 2018); 0: off
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0     # probability of a rectangle at the mean (Zhong et al. 2020)
-
-    @field_validator("area")
-    @classmethod
-    def area_is_a_share(cls, area: tuple[float, float] | None) -> tuple[float, float] | None:
-        if area is not None and area[1] > 1:
-            raise ValueError(f"found {list(area)}, expected shares of the picture, at most 1")
-        return area
 
 
 class StageTable(Frozen):
@@ -319,7 +326,7 @@ class StageTable(Frozen):
     max_epochs: Count | None = None
     label_smoothing: Share | None = None
     balance: Annotated[float, Field(ge=0, le=1)] | None = None
-    class_weights: ClassWeights | None = None
+    class_weights: ClassWeightsWritten | None = None
     average: Annotated[int, Field(ge=0)] | None = None
     precision: Precision | None = None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vggcore.recipe import Evaluate, Recipe, StageTable
+    from vggcore.recipe import Evaluate, Features, Recipe, StageTable
 
 Settings = Mapping[str, Any]
 
@@ -18,6 +18,8 @@ PICTURE_TO_CROP = 256 / 224     # shorter side to crop where validation reads th
 
 # What a stage's table says of itself; all its other keys take the place of a key of [net], [data], [augment] or [train].
 OWN = frozenset({"name", "net", "scale", "init_from", "mean", "fit", "freeze", "new_rows", "augment"})
+
+NONE = "none"       # switches a setting of a shared table off in one stage: TOML has no null
 
 # Settings that only some stages use: when, and what to say of the others.
 USED: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -30,7 +32,7 @@ USED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "final_learning_rate": (lambda stage: stage["rule"] == "cosine", 'without rule = "cosine"'),
     "aspect": (lambda stage: stage["area"] is not None, "without area"),
 }
-# A logistic fit has no views, no rate and no epochs: of [augment] and [train] it uses these two.
+# A logistic fit has no views, no rate and no epochs: of [net], [data], [augment] and [train] it uses these.
 LOGISTIC_USES = frozenset({"head", "features", "width", "standardise", "precision", "class_weights"})
 
 
@@ -58,6 +60,8 @@ def written_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
     settings |= {name: getattr(table, name) for name in own_keys(table)}
     if table.augment is not None:
         settings |= {name: getattr(table.augment, name) for name in table.augment.model_fields_set}
+    for name in ("area", "class_weights"):
+        settings[name] = None if settings[name] == NONE else settings[name]
     own = {"net": table.net, "fit": table.fit, "freeze": table.freeze, "mean": table.mean}
     return settings | own | {"new_rows": table.new_rows or "means"}
 
@@ -73,15 +77,18 @@ def stage_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
     "scale" is (low, high), "features" is None or has its scales. Raises ValueError, with the stage's name, for what
     cannot be.
     """
-    from vggcore.recipe import Augment, Features  # the models know this module
+    from vggcore.recipe import Augment, Features, Net, Train  # the models know this module
 
     settings = written_settings(recipe, table)
+    neutral = dict(Augment()) | dict(Train())
+    if table.fit == "logistic":
+        unused = dict(Net()) | neutral | dict(Augment(flip=False, colour=0.0))
+        settings |= {name: value for name, value in unused.items() if name not in LOGISTIC_USES}
+    settings |= {name: neutral[name] for name, (used, _) in USED.items() if name in neutral and not used(settings)}
     if settings["head"] == "linear":
         settings |= {"features": settings["features"] or Features(), "dropout": 0.0}
     else:
         settings["features"] = None
-    if table.fit == "logistic":
-        settings |= dict(Augment(flip=False, colour=0.0))
     scale = settings["scale"] = stage_scale(table, settings)
     features = settings["features"]
     if features is not None and features.scales is None:
@@ -132,13 +139,13 @@ def check_names(tables: Sequence["StageTable"]) -> None:
     names: list[str] = []
     for table in tables:
         if table.name in names:
-            raise ValueError(f"stage {table.name!r} stands twice; each needs its own name")
+            raise ValueError(f"stage {table.name!r} is defined twice; each needs its own name")
         names.append(table.name)
     for table in tables:
         parent = table.init_from
         if parent is not None and parent not in names and stored_key(parent) is None and weights_name(parent) is None:
             hint = nearest(parent, names)
-            raise ValueError(f"stage {table.name!r}: init_from names {parent!r}, which is no stage here{hint}")
+            raise ValueError(f"stage {table.name!r}: init_from names {parent!r}, which is not a stage of this recipe{hint}")
 
 
 def check_circles(tables: Sequence["StageTable"]) -> None:
@@ -173,9 +180,8 @@ def check_stage(table: "StageTable", stages: Mapping[str, Settings]) -> None:
         check_logistic(table, stage)
     elif stage["features"] and (len(stage["features"].scales) > 1 or stage["features"].flip):
         raise ValueError(f'{place}: several features.scales, and features.flip, need fit = "logistic"; give one scale')
-    if stage["balance"] and stage["class_weights"] is not None:
-        raise ValueError(f"{place}: class_weights and balance both weigh classes; keep one of the two")
     if table.fit == "sgd":
+        check_weighing(table, stage)
         check_epochs(place, stage)
     check_initialise(table, stages)
 
@@ -214,6 +220,20 @@ def check_logistic(table: "StageTable", stage: Settings) -> None:
         raise ValueError(f'{place}: {sorted(unused)[0]} has no effect with fit = "logistic"; remove it')
 
 
+def check_weighing(table: "StageTable", stage: Settings) -> None:
+    """ValueError for a stage whose classes are weighed in two ways."""
+    if not stage["balance"] or stage["class_weights"] is None:
+        return
+    own = own_keys(table)
+    if "balance" in own and "class_weights" not in own:
+        advice = 'set class_weights = "none" in this stage'
+    elif "class_weights" in own and "balance" not in own:
+        advice = "set balance = 0 in this stage"
+    else:
+        advice = "keep one of the two"
+    raise ValueError(f"stage {table.name!r}: class_weights and balance both weigh classes; {advice}")
+
+
 def check_epochs(place: str, stage: Settings) -> None:
     """ValueError for a warm-up or an average that is longer than the stage."""
     epochs = stage["max_epochs"]
@@ -228,14 +248,22 @@ def check_epochs(place: str, stage: Settings) -> None:
         )
 
 
+def same_features(one: "Features | None", other: "Features | None") -> bool:
+    """Whether two linear layers see the same values; sizes of pictures apart, as long as there are as many."""
+    if one is None or other is None:
+        return one is other
+    return (one.groups, one.pool, len(one.scales or ())) == (other.groups, other.pool, len(other.scales or ()))
+
+
 def check_initialise(table: "StageTable", stages: Mapping[str, Settings]) -> None:
     """ValueError for first weights of a stage whose parent gives every layer."""
     parent = table.init_from
     if table.initialise is None or parent not in stages:
         return
-    same = ("net", "head", "features", "width")
-    if all(stages[table.name].get(name) == stages[str(parent)].get(name) for name in same):
-        net = stages[table.name]["net"]
+    here, there = stages[table.name], stages[str(parent)]
+    same = all(here[name] == there[name] for name in ("net", "head", "width"))
+    if same and same_features(here["features"], there["features"]):
+        net = here["net"]
         raise ValueError(
             f"stage {table.name!r}: initialise has no effect: {parent!r} is a net {net} too and gives every layer; remove it,"
             " or init_from"
@@ -244,6 +272,7 @@ def check_initialise(table: "StageTable", stages: Mapping[str, Settings]) -> Non
 
 def check_effects(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     """ValueError for the first setting without effect: of a stage, or of a table that all stages share."""
+    logistic = all(table.fit == "logistic" for table in recipe.stages)
     for table in recipe.stages:
         written = own_keys(table) | (table.augment.model_fields_set if table.augment else set())
         for name in sorted(written & USED.keys()):
@@ -251,6 +280,9 @@ def check_effects(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
             if not used(stages[table.name]):
                 raise ValueError(f"stage {table.name!r}: {name} has no effect {words}; remove it")
     for place, shared in (("net", recipe.net), ("augment", recipe.augment), ("train", recipe.train)):
+        unused = sorted(shared.model_fields_set - LOGISTIC_USES) if logistic else []
+        if unused:
+            raise ValueError(f'[{place}] {unused[0]} has no effect: every stage has fit = "logistic"; remove it')
         for name in sorted(shared.model_fields_set & USED.keys()):
             used, words = USED[name]
             if not any(used(stage) for stage in stages.values()):
@@ -261,7 +293,11 @@ def without_effect(recipe: "Recipe", name: str) -> set[str]:
     """The keys of [net], [augment] and [train] that one stage does not use."""
     table = next(table for table in recipe.stages if table.name == name)
     settings = stage_settings(recipe, table)
-    return {key for key, (used, _) in USED.items() if not used(settings)}
+    unused = {key for key, (used, _) in USED.items() if not used(settings)}
+    if table.fit == "logistic":
+        tables = (recipe.net, recipe.augment, recipe.train)
+        unused |= {key for shared in tables for key in type(shared).model_fields} - LOGISTIC_USES
+    return unused
 
 
 def registrable(recipe: "Recipe") -> list["StageTable"]:
@@ -291,16 +327,15 @@ def check_test(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
     for name in evaluate.stages or ():
         if name not in names:
             raise ValueError(f"[evaluate] stages: no stage {name!r}{nearest(name, names)}")
-    crops = [stage["crop"] for stage in stages.values() if stage["head"] != "linear"]
-    for scale in evaluate.scales or ():
-        if crops and scale < max(crops):
-            raise ValueError(f"[evaluate] scales: {scale} is below the crop, {max(crops)}; a net needs its crop at least")
     if register.stage not in (None, BEST_ON_VAL, *names):
         raise ValueError(f"[register] stage: no stage {register.stage!r}{nearest(str(register.stage), [*names, BEST_ON_VAL])}")
     chosen = [table.name for table in registrable(recipe)]
     measured = [stages[name] for name in {*(evaluate.stages or names[-1:]), *chosen} if stages[name]["head"] != "linear"]
     if not measured:
         check_linear_test(evaluate)
+    for scale in evaluate.scales or ():
+        if scale < (crop := max(stage["crop"] for stage in measured)):
+            raise ValueError(f"[evaluate] scales: {scale} is below the crop, {crop}; a net needs its crop at least")
     if evaluate.views == "flips" and evaluate.protocol == "dense" and not any(one["flip_vertical"] for one in measured):
         raise ValueError(
             '[evaluate] views = "flips" has no effect with protocol = "dense", which averages with the mirror image, unless a'

@@ -10,6 +10,7 @@ from vggcore.class_order import added_classes
 from vggcore.errors import RecipeError
 from vggcore.nets import FC_NAMES, Vgg, conv_names, net_modules
 from vggcore.recipe import Features, Head, NetName
+from vggcore.recipe_checks import same_features
 from vggcore.schedule import Stage
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -145,13 +146,6 @@ def taken_head(stage: Stage, classes: Sequence[str], shapes: Shapes, parent: Par
 def same_head(stage: Stage, parent: ParentNet) -> bool:
     """Whether the FC layers of both see the same values."""
     return parent.head == stage.head and same_features(stage.features, parent.features)
-
-
-def same_features(one: Features | None, other: Features | None) -> bool:
-    """Whether two linear layers see the same values; sizes of pictures apart, as long as there are as many."""
-    if one is None or other is None:
-        return one is other
-    return (one.groups, one.pool, len(one.scales or ())) == (other.groups, other.pool, len(other.scales or ()))
 
 
 def layer_origins(

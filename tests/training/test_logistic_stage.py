@@ -32,7 +32,7 @@ from training.run import train_schedule
 from training.stop_switch import Interrupted
 from training.store import Store, open_store, read_json
 from training.where import Where, check_where
-from vggcore.errors import DatasetError
+from vggcore.errors import DatasetError, StoreError
 from vggcore.logistic import GRID
 from vggcore.recipe import Data, parse_recipe
 from vggcore.schedule import Stage, resolve_stages, stage_keys
@@ -45,11 +45,6 @@ seed = 3
 root = "{root}"
 [net]
 head = "linear"
-crop = 32
-[train]
-global_batch = 9
-max_epochs = 1
-learning_rate = 1e-4
 [[stage]]
 name = "both"
 net = "A"
@@ -72,6 +67,10 @@ net = "A"
 scale = 36
 init_from = "one"
 freeze = 1
+crop = 32
+global_batch = 9
+max_epochs = 1
+learning_rate = 1e-4
 features = { groups = [1, 2], pool = "average" }
 """
 
@@ -367,3 +366,22 @@ def no_thread_is_left() -> Iterator[None]:
     """A stage's thread ends with its stage."""
     yield
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fit-")]
+
+
+def test_weights_that_are_removed_while_others_train_stop_only_what_starts_from_them(photos: Path, tmp_path: Path) -> None:
+    third = RECIPE[RECIPE.index('[[stage]]\nname = "one"') :].replace('"one"', '"third"').replace('"weights:small/a"', '"both"')
+    world = World(tmp_path / "store", photos, RECIPE + third.replace('pool = "average"', 'pool = "maximum"'))
+    left_out: list[str] = []
+
+    class Remove(Listener):
+        def stage_ends(self, stage: Stage, key: str, status: str) -> None:
+            shutil.rmtree(world.store.weights, ignore_errors=True)
+
+        def stage_left_out(self, stage: Stage, key: str, reason: str) -> None:
+            left_out.append(f"{stage.name}: {reason}")
+
+    with pytest.raises(StoreError, match="not in store"):
+        world.train(Remove())
+
+    assert [is_done(world.store, world.keys[name]) for name in ("both", "one", "third")] == [True, False, True]
+    assert len(left_out) == 1 and left_out[0].startswith("one: not started: weights ")

@@ -183,7 +183,7 @@ def test_a_parent_of_another_width_is_refused_before_anything_starts(store):
 
 
 def test_a_key_that_is_none_is_a_stage_that_does_not_exist():
-    with pytest.raises(RecipeError, match=r"init_from names 'stage:0123', which is no stage here"):
+    with pytest.raises(RecipeError, match=r"init_from names 'stage:0123', which is not a stage of this recipe"):
         parse_recipe(RECIPE.replace(KEY, "0123"), place="pets.toml", folder=Path("/somewhere"))
 
 
@@ -193,6 +193,12 @@ def test_stages_on_the_pictures_of_their_parent_keep_their_keys_and_take_the_pic
     assert [stage.mean for stage in stages] == ["data", "data"]
     assert keys_of(stages) == keys_of(stages_of())
     assert stage_colour(stages[0], keys_of(stages), store, DATA) == DATA
+
+
+def test_a_parents_mean_that_is_the_pictures_own_makes_no_other_stage(store):
+    stages = settle(stages_of(RECIPE.replace("scale = 48", 'scale = 48\nmean = "weights"')), store, HERE)
+
+    assert keys_of(stages) == keys_of(stages_of())
 
 
 def test_new_pictures_leave_the_mean_under_the_old_weights_as_it_was(store):
@@ -256,7 +262,36 @@ def test_a_stage_that_takes_its_parents_mean_must_be_standardised_as_it_was(stor
     change(store, fingerprint=ELSEWHERE)
     text = RECIPE.replace('root = "pictures"', 'root = "pictures"\nstandardise = true')
 
-    with pytest.raises(RecipeError, match=r"stage 'D-36': standardise is true, but not for 'stage:0123"):
+    with pytest.raises(RecipeError, match=r"stage 'D-36': standardise is true, expected false as in 'stage:0123"):
+        settle(stages_of(text), store, HERE)
+
+
+def test_a_stage_that_asks_for_the_pictures_mean_need_not_be_standardised_as_its_parent(store):
+    text = RECIPE.replace('root = "pictures"', 'root = "pictures"\nstandardise = true')
+
+    stages = settle(stages_of(text.replace("scale = 36", 'scale = 36\nmean = "data"')), store, HERE)
+
+    assert (stages[0].mean, stages[0].standardise) == ("data", True)      # its parent in the store is not
+
+
+@pytest.mark.parametrize(
+    ("of_all", "own", "words"),
+    [
+        ("true", ("published", "false"), r"stage 'fine': standardise is true, expected false as in 'published'"),
+        ("false", ("fine", "true"), r"stage 'fine': standardise is true, expected false as in 'published'"),
+        ("true", ("D-36", "false"), r"stage 'D-36': standardise is false, expected true as in 'stage:0123"),
+        ("false", ("D-48", "true"), r"stage 'D-48': standardise is true, expected false as in 'D-36'"),
+    ],
+)
+def test_a_mean_passed_down_a_recipe_comes_with_its_deviation_or_is_refused(store, of_all, own, words):
+    publish(store)
+    about = json.loads((store.stage(KEY) / "stage.json").read_text())
+    record = about["stage"] | {"standardise": of_all == "true"}
+    change(store, fingerprint=ELSEWHERE, stage=record)
+    text = (RECIPE + PUBLISHED).replace('root = "pictures"', f'root = "pictures"\nstandardise = {of_all}')
+    text = text.replace(f'name = "{own[0]}"\n', f'name = "{own[0]}"\nstandardise = {own[1]}\n')
+
+    with pytest.raises(RecipeError, match=words):
         settle(stages_of(text), store, HERE)
 
 

@@ -9,6 +9,7 @@ import pytest
 import vggcore.errors
 from vggcore.errors import RecipeError, VggrowError
 from vggcore.recipe import CheckpointEvery, Recipe, load_recipe, parse_recipe
+from vggcore.schedule import resolve_stages
 
 PETS = """
 name = "pets"
@@ -62,12 +63,12 @@ MISTAKES = [
     ("scale = [72, 96]",     "scale = [96, 72]",        r"stage 'D-72-96': scale is \[96, 72\]"),
     ("scale = [72, 96]",     "scale = '72'",            r"stage 'D-72-96' scale: found '72', wanted a number of pixels, or two"),
     ("scale = [72, 96]",     "scale = [72, 96, 128]",   r"wanted a number of pixels, or two as \[low, high\]"),
-    ('init_from = "A-72"',   'init_from = "A-27"',      r"stage 'D-72-96': init_from names 'A-27', which is no stage here; did you mean 'A-72'\?"),
+    ('init_from = "A-72"',   'init_from = "A-27"',      r"stage 'D-72-96': init_from names 'A-27', which is not a stage of this recipe; did you mean 'A-72'\?"),
     ("scale = 72\n",         'scale = 72\ninit_from = "D-72-96"\n', r"in a circle: A-72 from D-72-96 from A-72"),
     ('init_from = "A-72"',   'init_from = "D-72-96"',   r"in a circle: D-72-96 from D-72-96"),
     ("scale = 72\n",         'scale = 72\ninitialise = "xavier"\n', r"stage 'A-72' initialise: found 'xavier', wanted 'paper', 'glorot' or 'he'"),
     ('net = "D"',            'net = "A"\ninitialise = "he"', r"stage 'D-72-96': initialise has no effect: 'A-72' is a net A too"),
-    ('name = "D-72-96"',     'name = "A-72"',           r"stage 'A-72' stands twice"),
+    ('name = "D-72-96"',     'name = "A-72"',           r"stage 'A-72' is defined twice"),
     ("crop = 64",            "crop = 72",               r"\[net\] crop: found 72, wanted a multiple of 32"),
     ('"30s"',                '"30 parsecs"',            r"\[train\] checkpoint_every: found '30 parsecs', wanted a time such as '5min'"),
     ('root = "pictures"',    "",                        r'\[data\]: needs one of root = "<folder>" and source = "elpv"'),
@@ -108,10 +109,13 @@ MISTAKES = [
     ("patience = 3",         "max_epochs = 3\naverage = 4",  r"average is 4 epochs, expected at most max_epochs, 3"),
     ("patience = 3",         "balance = 1.5",               r"\[train\] balance: found 1.5, wanted less than or equal to 1"),
     ("patience = 3",         'balance = 0.5\nclass_weights = "balanced"', r"class_weights and balance both weigh classes; keep one"),
+    ("patience = 3",         'class_weights = "even"',      r"\[train\] class_weights.*: found 'even', wanted 'balanced' or 'none'"),
     ("patience = 3",         "class_weights = { cat = 0 }", r"\[train\] class_weights.*: found 0, wanted greater than 0"),
     ("patience = 3",         "layer_decay = 0.0",           r"\[train\] layer_decay: found 0.0, wanted greater than 0"),
     ("",                     "[augment]\naspect = [0.5, 2.0]", r"\[augment\] aspect has no effect without area"),
     ("",                     "[augment]\narea = [0.5, 2.0]", r"\[augment\] area: found \[0.5, 2.0\], expected shares of the picture"),
+    ("",                     '[augment]\narea = "all"',       r"\[augment\] area: found 'all', expected \[low, high\], shares of the picture, or \"none\""),
+    ("",                     "[augment]\narea = [0.5, true]", r"\[augment\] area: found \[0.5, True\], expected \[low, high\]"),
     ("",                     "[augment]\narea = [0.5, 0.2]", r"\[augment\] area: found \[0.5, 0.2\], expected \[low, high\]"),
     ("",                     "[augment]\nmixup = inf", r"\[augment\] mixup: found inf, wanted"),
     ("",                     "[augment]\nmixup = 1e9", r"\[augment\] mixup: found 1000000000.0, wanted less than or equal to 100"),
@@ -125,6 +129,7 @@ MISTAKES = [
     ("learning_rate = 1e-3", 'head = "linear"\n[evaluate]\nscales = [256]', r"\[evaluate\] scales has no effect on linear heads, which see whole pictures"),
     ("",                     '[register]\nweights = "average"', r"weights = \"average\": stage 'D-72-96' has no average"),
     ("",                     '[evaluate]\nstages = ["D-72"]', r"\[evaluate\] stages: no stage 'D-72'; did you mean"),
+    ("learning_rate = 1e-3", 'crop = 32\n[evaluate]\nscales = [24]', r"\[evaluate\] scales: 24 is below the crop, 32;"),
     ("",                     "[evaluate]\nscales = [48]", r"\[evaluate\] scales: 48 is below the crop, 64"),
     ("",                     '[register]\nstage = "best"', r"\[register\] stage: no stage 'best'"),
     ("",                     '[register]\nfloor = 2.0', r"\[register\] floor: found 2.0, wanted less than 1"),
@@ -140,6 +145,85 @@ def test_a_mistake_is_one_line_that_names_the_place_what_was_found_and_what_was_
     message = str(caught.value)
     assert re.search(words, message), message
     assert "\n" not in message.partition(": not TOML")[0]
+
+
+LOGISTIC = """
+name = "pets"
+[data]
+root = "pictures"
+[[stage]]
+name = "linear"
+net = "D"
+head = "linear"
+features = { scales = [96] }
+fit = "logistic"
+init_from = "weights:keras/vgg16"
+"""
+IN_VAIN = [      # keys of shared tables that no logistic stage uses
+    *("net.crop = 64", 'net.initialise = "he"'),
+    *("augment.flip = true", "augment.mixup = 0.2", "augment.area = [0.1, 1.0]"),
+    *("train.learning_rate = 0.1", "train.max_epochs = 3", "train.momentum = 0.8", "train.balance = 0.5", "train.average = 1"),
+    *("train.checkpoint_every = '30s'", "train.channels_last = false", "train.micro_batch = 4"),
+]
+
+
+@pytest.mark.parametrize("line", IN_VAIN)
+def test_where_every_stage_is_a_logistic_fit_a_shared_setting_that_none_uses_is_refused(line):
+    table, key = line.partition(" ")[0].split(".")
+
+    with pytest.raises(RecipeError, match=rf"\[{table}\] {key} has no effect: every stage has fit = \"logistic\"; remove it"):
+        parse_recipe(f"{line}\n{LOGISTIC}", place="x", folder=Path())
+    scale = "" if key == "area" else "scale = 256"
+    trained = f'[[stage]]\nname = "tuned"\nnet = "D"\nhead = "linear"\ninit_from = "linear"\n{scale}'
+    parse_recipe(f"{line}\n{LOGISTIC}{trained}", place="x", folder=Path())
+
+
+def test_what_a_logistic_fit_uses_may_stand_in_shared_tables():
+    shared = 'train = { precision = "bf16", class_weights = "balanced" }\nnet = { width = 1.0, head = "linear" }\n'
+
+    parse_recipe(shared + LOGISTIC, place="x", folder=Path())
+
+
+FITTED = "[[stage]]" + LOGISTIC.partition("[[stage]]")[2]
+
+
+def two(shared: str, first: str, second: str, more: str = "") -> Recipe:
+    """A recipe of two stages, A-72 and A-96 from it, with lines for the top and for each."""
+    stages = f'[[stage]]\nname = "A-72"\nnet = "A"\n{first}\n[[stage]]\nname = "A-96"\nnet = "A"\ninit_from = "A-72"\n{second}'
+    text = f'{shared}\nname = "pets"\ndata.root = "pictures"\nnet.crop = 64\n{stages}\n{more}'
+    return parse_recipe(text, place="pets.toml", folder=Path("/somewhere"))
+
+
+@pytest.mark.parametrize(
+    ("shared", "first", "second", "more"),
+    [
+        ("train.balance = 1.0", "scale = 72", "scale = 96", FITTED + 'class_weights = "balanced"'),
+        ('train.class_weights = "balanced"', "scale = 72", 'scale = 96\nbalance = 0.5\nclass_weights = "none"', ""),
+        ('train = { rule = "cosine", final_learning_rate = 1e-3 }', "scale = 72",
+         'scale = 96\nrule = "plateau"\nlearning_rate = 1e-4', ""),
+        ("augment.area = [0.1, 1.0]", "", 'augment = { view = "whole", area = "none" }', ""),
+        ("augment.area = [0.1, 1.0]", "", 'scale = 96\naugment = { area = "none" }', ""),
+        ("", "scale = 72", "scale = 96\ncrop = 32", "[evaluate]\nscales = [32]"),
+    ],
+)  # fmt: skip
+def test_what_one_stage_does_not_use_keeps_no_other_from_using_it(shared, first, second, more):
+    stages = {stage.name: stage for stage in resolve_stages(two(shared, first, second, more))}
+
+    assert stages["A-96"].area is stages["A-96"].class_weights is None
+    assert stages["A-72"].area == ((0.1, 1.0) if "area" in shared else None)
+
+
+@pytest.mark.parametrize(
+    ("shared", "second", "words"),
+    [
+        ('train.class_weights = "balanced"', "balance = 0.5", 'both weigh classes; set class_weights = "none" in this stage'),
+        ("train.balance = 0.5", 'class_weights = "balanced"', "both weigh classes; set balance = 0 in this stage"),
+        ('net.head = "linear"', 'initialise = "he"', "initialise has no effect: 'A-72' is a net A too and gives every layer"),
+    ],
+)
+def test_a_stage_that_differs_from_the_others_is_told_what_to_set_where_it_cannot(shared, second, words):
+    with pytest.raises(RecipeError, match=f"stage 'A-96': .*{words}"):
+        two(shared, "scale = 72" + ("\nbalance = 0" if "balance" in second else ""), f"scale = 96\n{second}")
 
 
 def test_no_stages_at_all_is_refused(tmp_path):

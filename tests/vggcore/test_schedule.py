@@ -143,6 +143,29 @@ def test_a_setting_that_came_later_leaves_the_keys_of_who_does_not_use_it():
     assert Stage.model_validate(stage.model_dump(exclude=set(LATER))) == stage
 
 
+IDLE = [      # a stage's settings, and one that it does not use with them
+    ('rule = "cosine"', "[train]\ndrops = 1"),
+    ('rule = "cosine"', "[train]\npatience = 2"),
+    ('optimiser = "adamw"', "[train]\nmomentum = 0.8"),
+    ("weight_decay = 0", "[train]\ndecay_biases = false"),
+    ('learning_rate = 1e-2\nrule = "plateau"', '[train]\nrule = "cosine"\nfinal_learning_rate = 1e-4'),
+    ('augment = { area = "none" }\nscale = 384', "[augment]\narea = [0.1, 1.0]\naspect = [1.0, 1.0]"),
+]
+
+
+@pytest.mark.parametrize(("own", "shared"), IDLE)
+def test_a_shared_setting_that_a_stage_does_not_use_is_not_in_its_key(own, shared):
+    alone = RECIPE.replace("learning_rate = 1e-3", own + "\ninit_from = \"A-256\"").replace('init_from = "D-256"\n', "")
+    alone = alone.replace("scale = 384\n", "", "area" in own).replace('init_from = "A-256"\n', "", 2)
+    together = alone + shared
+    if "area" in shared:
+        together = together.replace("scale = 256\n", "")
+
+    assert stages_of(together)[-1].name == "D-384"
+    assert keys_of(together)["D-384"] == keys_of(alone)["D-384"]
+    assert keys_of(together)["A-256"] != keys_of(alone)["A-256"]
+
+
 def test_how_new_classes_begin_is_part_of_the_key():
     text = RECIPE.replace('init_from = "D-256"', 'init_from = "stage:0123456789abcdef"')
     means, random = (text.replace("scale = 384", f'scale = 384\nnew_rows = "{how}"') for how in ("means", "random"))
@@ -188,6 +211,18 @@ def test_a_logistic_fits_key_holds_what_can_change_its_one_layer_and_nothing_els
         key('[train]\nclass_weights = "balanced"'), key('[train]\nprecision = "bf16"'),
     ]  # fmt: skip
     assert len({key(""), *others}) == 7
+
+
+def test_a_logistic_fit_is_the_same_stage_beside_others_that_have_views_and_rates():
+    shared = """[net]\ncrop = 64\ndropout = 0.1\n[augment]\narea = [0.1, 1.0]\nmixup = 0.2
+[train]\noptimiser = "adamw"\nmax_epochs = 3\naverage = 2\ncheckpoint_every = "1min"\nbalance = 0.5"""
+    top, *stages = RECIPE.replace("scale = 256\n", "").replace("scale = 384\n", "").split("[[stage]]")
+    alone = stages_of(top + LINEAR)[0]
+
+    beside = stages_of("[[stage]]".join([top, *stages]) + LINEAR + shared)
+
+    assert [stage for stage in beside if stage.name == "linear"] == [alone]
+    assert {stage.crop for stage in beside if stage.name != "linear"} == {64} != {alone.crop}
 
 
 def test_published_weights_count_as_the_parent_by_their_digest_and_not_by_their_name():
