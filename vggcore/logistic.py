@@ -114,7 +114,7 @@ def fit_layer(
     """
     for rows in (train, val):
         if not torch.isfinite(rows.features).all():
-            raise TrainingError("features are not all finite numbers; are the weights that they come from?")
+            raise TrainingError("the features have values that are not finite; check the weights that they come from")
     scaling = Standardised.of(train.features)
     inputs, asked = scaling.apply(train.features), scaling.apply(val.features)
     problem = Problem(inputs, train.labels, classes, factors)
@@ -211,14 +211,20 @@ def minimise(
         direction = -two_loops(gradient, steps)
         slope = float(direction @ gradient)
         first = 1.0 if steps else min(1.0, 1.0 / norm)
-        step, new_value, new_gradient = wolfe_step(objective, point, value, direction, slope, first)
+        found = wolfe_step(objective, point, value, direction, slope, first)
+        if found is None and steps:
+            steps = []      # along the gradient itself next time
+            continue
+        if found is None:
+            break
+        step, new_value, new_gradient = found
         moved, turned = direction * step, new_gradient - gradient
         product = float(moved @ turned)
         if product > 0:
             steps = [*steps[-(MEMORY - 1) :], (moved, turned, 1 / product)]
         point, value, gradient = point + moved, new_value, new_gradient
     raise TrainingError(
-        f"the logistic fit has a gradient of {norm:g} after {MOST_ITERATIONS:,} iterations, expected {tolerance:g} at most;"
+        f"the logistic fit has a gradient of {norm:g} after {iteration + 1:,} iterations, expected {tolerance:g} at most;"
         " are the features finite, and of one scale?"
     )
 
@@ -240,17 +246,21 @@ def two_loops(gradient: Tensor, steps: list[tuple[Tensor, Tensor, float]]) -> Te
 
 def wolfe_step(
     objective: Objective, point: Tensor, value: float, direction: Tensor, slope: float, step: float
-) -> tuple[float, float, Tensor]:
-    """A step along a direction of descent that meets Wolfe's conditions, by bisection; with value and gradient there."""
+) -> tuple[float, float, Tensor] | None:
+    """A step along a direction of descent that meets Wolfe's conditions, by bisection; with value and gradient there.
+
+    After 60 halvings any step that lowers the value will do; None where the last does not.
+    """
     low, high = 0.0, float("inf")
     slack = ROUNDING * abs(value)
     for _ in range(60):
-        new_value, gradient = objective(point + step * direction)
+        tried = step
+        new_value, gradient = objective(point + tried * direction)
         if not new_value <= value + ENOUGH_DECREASE * step * slope + slack:
             high = step
         elif float(gradient @ direction) < ENOUGH_SLOPE * slope:
             low = step
         else:
-            break
+            return step, new_value, gradient
         step = (low + high) / 2 if high < float("inf") else 2 * step
-    return step, new_value, gradient
+    return (tried, new_value, gradient) if new_value < value else None

@@ -138,7 +138,7 @@ def test_separable_pictures_and_a_class_without_one_in_train_are_fitted_all_the_
 def test_features_that_are_not_numbers_are_refused_in_one_line() -> None:
     rows = Rows(torch.tensor([[1.0], [float("nan")]]), torch.tensor([0, 1]))
 
-    with pytest.raises(TrainingError, match="not all finite numbers"):
+    with pytest.raises(TrainingError, match="values that are not finite; check the weights"):
         fit_layer(rows, rows, classes=2)
 
 
@@ -165,6 +165,20 @@ def test_a_quadratic_is_solved_exactly() -> None:
 
     assert norm <= TOLERANCE
     assert (scales * (point - 1)).norm() <= TOLERANCE
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_search_that_can_lower_nothing_ends_at_once(first: int) -> None:
+    asked: list[float] = []
+
+    def objective(at: torch.Tensor) -> tuple[float, torch.Tensor]:
+        asked.append(float(at @ at))      # a bowl; from the `first` question on, its gradient points the wrong way
+        return asked[-1] / 2, at * torch.tensor([1.0, 9.0]).double() if len(asked) <= first else -at - 1
+
+    with pytest.raises(TrainingError, match="the logistic fit has a gradient of"):
+        minimise(objective, torch.ones(2).double(), TOLERANCE, lambda: None)
+
+    assert len(asked) < 200
 
 
 @pytest.fixture(autouse=True)
