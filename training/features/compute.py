@@ -178,17 +178,9 @@ def make_part(
 ) -> Part:
     """A part with its own pictures alone."""
     rows = np.concatenate(batches)
-    own = Pictures(
-        root=pictures.root,
-        paths=pictures.paths[rows],
-        labels=pictures.labels[rows],
-        heights=pictures.heights[rows],
-        widths=pictures.widths[rows],
-        contents=pictures.contents[rows],
-    )
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
     numbered = np.split(np.arange(len(rows)), ends)
-    return Part(table.spec, source, table.folder, own, numbered, workers)
+    return Part(table.spec, source, table.folder, pictures.some(rows), numbered, workers)
 
 
 def compute_part(part: Part, advance: Callable[[int], None] = lambda count: None, check: Check = nothing) -> int:
