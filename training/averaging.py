@@ -76,4 +76,3 @@ class WeightAverage:
 def total(so_far: State | None, weights: State) -> State:
     """The sum of both."""
     return weights if so_far is None else {name: so_far[name] + tensor for name, tensor in weights.items()}
-

@@ -63,8 +63,10 @@ class LogisticThread(threading.Thread):
         """Fits the stage to its end, or to a stop request."""
         try:
             LogisticStage(self.job, self.manifest, self.where, self.show).run()
-        except (Stopped, Superseded):
-            return
+        except Stopped:
+            stage_logger(self.job.key, CONDUCTOR).info("stopped on request: nothing is lost, features are kept")
+        except Superseded:
+            stage_logger(self.job.key, CONDUCTOR).warning("another command has taken over; this one stops")
         except VggrowError as error:
             record_problem(self.job, error)
             self.error = error

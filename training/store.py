@@ -1,7 +1,7 @@
 """The store: one folder, local or shared by all nodes, that holds everything a schedule makes (DESIGN: store).
 
     data/<fingerprint>/      stages/<key>/      schedules/<key>/      evaluations/<key>/      locks/      ray/ (scratch)
-    weights/<digest>/        downloads/ (what is being downloaded)
+    weights/<digest>/        downloads/ (what is being downloaded)      features/<key>/
     mlflow.db                artifacts/         (where no tracking server is named)
 """
 
