@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.colour import Colour
 from training.checkpoint import file_digest
-from training.published.library import find_weights
+from training.published.library import find_weights, verified_weights
 from training.result import chosen_weights
 from training.store import Store, read_json
 from vggcore.class_order import added_classes
@@ -213,11 +213,14 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def parent_of(
     stage: Stage, stages: Sequence[Stage], keys: Mapping[str, str], store: Store, classes: Sequence[str]
 ) -> Parent | None:
-    """What a stage starts from, on disk; None for random weights. Raises as check_parents, and for an unfinished parent."""
+    """What a stage starts from, on disk; None for random weights. Raises as check_parents, and for an unfinished parent.
+
+    Published weights are read once, to see that they are what the stage's key says.
+    """
     key, net = parent_key(stage, keys), parent_net(stage, stages, store, classes)
     if key is None or net is None:
         return None
-    weights = find_weights(store, str(stage.weights_digest))[1] if net.published else result_weights(store, key)
+    weights = verified_weights(store, str(stage.weights_digest))[1] if net.published else result_weights(store, key)
     taken, added = taken_tensors(stage, classes, net), new_classes(stage, classes, net)
     return Parent(key=key, name=net.name, weights=weights, tensors=taken, added=added)
 

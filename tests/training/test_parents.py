@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from pipelines.colour import Colour
+from tests.training import small_published
 from training.parents import (
     check_named,
     check_parents,
@@ -20,13 +20,10 @@ from training.parents import (
 )
 from training.store import Store
 from vggcore.errors import RecipeError, StoreError
-from vggcore.nets import build_net
-from vggcore.published import PublishedWeights
 from vggcore.recipe import parse_recipe
 from vggcore.schedule import resolve_stages, stage_keys
-from vggcore.weights import save_weights
 
-KEY, DIGEST = "0123456789abcdef", "d" * 32
+KEY = "0123456789abcdef"
 HERE, ELSEWHERE = "0" * 32, "1" * 32       # fingerprints
 RECIPE = f"""
 name = "pets"
@@ -99,19 +96,9 @@ def store(tmp_path) -> Store:
     return found
 
 
-def publish(store: Store) -> None:
-    """Leaves the convs of net A in the store as imported weights."""
-    net = build_net("A", classes=2, head="compact", crop=32)
-    state = {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items() if name.startswith("features")}
-    folder = store.root / "weights" / DIGEST
-    save_weights(state, folder / "model.safetensors")
-    places = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "conv4_1", "conv4_2", "conv5_1", "conv5_2")
-    record = PublishedWeights(
-        name="somewhere/vgg11", digest=DIGEST, net="A", layers=places, classes=None, outputs=None, crop=None,
-        mean=tuple(THEIRS), licence=None, origin=None, source="vgg11.pth", source_digest="0" * 32,
-        imported_at="2026-11-29T00:00:00Z",
-    )  # fmt: skip
-    (folder / "weights.json").write_text(record.model_dump_json())
+def publish(store: Store) -> str:
+    """Leaves the convs of net A in the store as imported weights; their digest."""
+    return small_published.publish(store, "somewhere/vgg11").digest
 
 
 def change(store: Store, **about) -> None:
@@ -229,22 +216,28 @@ def test_the_pictures_mean_can_be_asked_for_by_name(store):
 
 
 def test_published_weights_bring_their_mean_to_all_that_start_from_them(store):
-    publish(store)
+    digest = publish(store)
 
     stages = settle(stages_of(RECIPE + PUBLISHED), store, HERE)
     named = {stage.name: stage for stage in stages}
     keys = keys_of(stages)
 
-    assert named["published"].weights_digest == DIGEST
+    assert named["published"].weights_digest == digest
     assert (named["published"].mean, named["fine"].mean) == ("weights", "weights")
     assert stage_colour(named["published"], keys, store, DATA).mean.tolist() == THEIRS
     parent = parent_of(named["published"], stages, keys, store, CLASSES)
-    assert (parent.key, parent.name) == (f"weights:{DIGEST}", "weights:somewhere/vgg11")
+    assert (parent.key, parent.name) == (f"weights:{digest}", "weights:somewhere/vgg11")
     origins = check_parents(stages, store, CLASSES)
     assert [(origin.layer, origin.source) for origin in origins["published"]] == [
         ("conv1_1", "weights:somewhere/vgg11"), ("conv2_1", "weights:somewhere/vgg11"), ("fc1", None)
     ]  # fmt: skip
     assert {origin.source for origin in origins["fine"]} == {"'published'"}
+
+    content = bytearray(parent.weights.read_bytes())
+    content[-1] ^= 1
+    parent.weights.write_bytes(content)
+    with pytest.raises(StoreError, match="the weights were changed or damaged; run vggrow weights remove somewhere/vgg11"):
+        parent_of(named["published"], stages, keys, store, CLASSES)
 
 
 def test_weights_that_are_not_there_and_a_deviation_that_they_do_not_have_are_one_line_each(store):

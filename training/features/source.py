@@ -10,7 +10,7 @@ from torch import Tensor
 from pipelines.colour import Colour
 from training.features.forward import has_bf16
 from training.features.spec import FeatureSpec, Rgb, tensors_digest, used_tensors
-from training.published.library import find_weights
+from training.published.library import verified_weights
 from training.store import Store
 from vggcore.errors import RecipeError
 from vggcore.recipe import Features, NetName
@@ -38,8 +38,8 @@ class FeatureSource:
 
 
 def published_source(store: Store, name: str) -> FeatureSource:
-    """Published weights of the store by name or digest. Raises StoreError where they are not there."""
-    record, path = find_weights(store, name)
+    """Published weights of the store by name or digest. Raises StoreError where they are not there, or damaged."""
+    record, path = verified_weights(store, name)
     return FeatureSource(
         name=f"weights:{record.name}",
         net=record.net,

@@ -381,3 +381,10 @@ def remove_weights(store: Store, removal: Removal, *, force: bool = False, say: 
         with suppress(FileNotFoundError):       # removed by another command meanwhile
             removal.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+def verified_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeights, Path]:
+    """As find_weights, for weights that are to be used: every byte of them is compared with their digest."""
+    record, path = find_weights(store, name_or_digest)
+    read_tensors(record, path)
+    return record, path
+
+
