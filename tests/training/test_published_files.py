@@ -299,14 +299,16 @@ def test_a_socket_and_a_name_with_a_nul_are_no_files(tmp_path):
         imported(tmp_path / "a\0b")
 
 
-def test_a_stages_checkpoint_is_refused_with_what_to_do(tmp_path):
-    folder = tmp_path / "iteration-7"
-    folder.mkdir()
-    save_file(convs("A"), folder / "model.safetensors")
-    (folder / "progress.json").write_text("{}")
+@pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors"])
+@pytest.mark.parametrize("mark", ["checkpoints/iteration-7/progress.json", "stage.json"])      # the latter: a logistic fit's
+def test_a_stages_checkpoint_is_refused_with_what_to_do(tmp_path, name, mark):
+    folder = tmp_path / "checkpoints" / "iteration-7"
+    folder.mkdir(parents=True)
+    save_file(convs("A"), folder / name)
+    (tmp_path / mark).write_text("{}")
 
     with pytest.raises(WeightsError, match=r"a checkpoint of a stage.*init_from = 'stage:<key>'"):
-        imported(folder / "model.safetensors")
+        imported(folder / name)
 
 
 @pytest.mark.parametrize("library", ["h5py", "onnx"])

@@ -22,7 +22,8 @@ from vggcore.published import PublishedWeights
 from vggcore.recipe import NetName
 
 OWN_KEY = "vggrow"       # in a file of `weights export`: what a PublishedWeights says, as JSON
-WEIGHTS_FILE, RECORD_FILE, PACKAGE_FILE, CHECKPOINT_FILE = "model.safetensors", "weights.json", "model.json", "progress.json"
+WEIGHTS_FILE, RECORD_FILE, PACKAGE_FILE = "model.safetensors", "weights.json", "model.json"
+CHECKPOINT_FILE, STAGE_FILE = "progress.json", "stage.json"      # beside a checkpoint's weights; two folders above them
 NESTED = ("state_dict", "model_state_dict", "model")     # where training scripts put a net's weights
 LARGEST = 8 * 10**9      # bytes; E with its optimizer's state in float64 has 3.4e9. Others would fill the memory first
 KERAS_ADVICE = "save the net by model.save('vgg.h5') and import that file"
@@ -35,7 +36,12 @@ def read_source(file: Path, convention: Convention | None = None) -> Found:
     convention: how the net takes pictures, for an ONNX file whose names do not say. Raises WeightsError for anything
     else: empty, a web page, a pickle of something else, cut short.
     """
-    beside = {name for name in (RECORD_FILE, PACKAGE_FILE, CHECKPOINT_FILE) if (file.parent / name).exists()}
+    beside = {name for name in (RECORD_FILE, PACKAGE_FILE) if (file.parent / name).exists()}
+    if in_checkpoint(file):
+        raise WeightsError(
+            f"{file}: a checkpoint of a stage, which does not say its mean; start from it with init_from = 'stage:<key>', or"
+            " give the stage's package (STORE/packages/<key>)"
+        )
     if file.name == WEIGHTS_FILE and beside:
         return read_own(file, beside)
     head = first_bytes(file)
@@ -53,6 +59,13 @@ def read_source(file: Path, convention: Convention | None = None) -> Found:
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return read_pytorch(file)
     raise WeightsError(f"{file}: {kind_of(head)}; {ADVICE}")
+
+
+def in_checkpoint(file: Path) -> bool:
+    """Whether the file is of a stage's checkpoint: STORE/stages/<key>/checkpoints/iteration-<n>/."""
+    folder = file.absolute().parent
+    marks = (folder / CHECKPOINT_FILE, folder.parent.parent / STAGE_FILE)
+    return folder.name.startswith("iteration-") and any(mark.exists() for mark in marks)
 
 
 def file_to_read(path: Path) -> Path:
@@ -228,11 +241,6 @@ def read_own(file: Path, beside: set[str]) -> Found:
     found = read_safetensors(file)
     if RECORD_FILE in beside:
         return own_entry(file, found.tensors)
-    if PACKAGE_FILE not in beside:
-        raise WeightsError(
-            f"{file}: a checkpoint of a stage, which does not say its mean; start from it with init_from = 'stage:<key>', or"
-            " give the stage's package (STORE/packages/<key>)"
-        )
     return read_package(file, found.tensors)
 
 
