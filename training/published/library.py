@@ -233,7 +233,7 @@ def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *
     """Writes an entry, whole or not at all, unless it is there; gives the record that stands in the store."""
     from vggcore.weights import save_weights
 
-    for other in list_weights(store):
+    for other in readable_weights(store)[0]:
         if other.digest == record.digest:
             if other.name != record.name and named:
                 raise StoreError(
@@ -249,7 +249,7 @@ def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *
             )
     folder, part = store.weights / record.digest, store.weights / UNFINISHED
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)      # an entry without its record, which no import of ours leaves
+    shutil.rmtree(folder, ignore_errors=True)      # an entry that cannot be read, which no import of ours leaves
     try:
         save_weights(tensors, part / WEIGHTS_FILE)
         write_json(part / RECORD_FILE, record.model_dump(mode="json"))
@@ -266,20 +266,43 @@ def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *
 
 def list_weights(store: Store) -> list[PublishedWeights]:
     """The records of the store's published weights, by name. Raises StoreError for one that cannot be read."""
-    found = []
-    for path in store.weights.glob(f"*/{RECORD_FILE}"):
-        if not DIGEST.fullmatch(path.parent.name):
-            continue
-        try:
-            record = PublishedWeights.model_validate(read_json(path))
-        except ValidationError as error:
-            raise StoreError(
-                f"{path}: not a record of this version ({error.errors()[0]['msg']}); remove its folder and import again"
-            ) from error
-        if record.digest != path.parent.name or not (path.parent / WEIGHTS_FILE).is_file():
-            raise StoreError(f"{path.parent}: without {WEIGHTS_FILE}, or another's; remove the folder and import again")
-        found.append(record)
-    return sorted(found, key=lambda record: record.name)
+    found, broken = readable_weights(store)
+    if broken:
+        raise next(iter(broken.values()))
+    return found
+
+
+def readable_weights(store: Store) -> tuple[list[PublishedWeights], dict[str, StoreError]]:
+    """The records of the store's published weights, by name; and, by digest, what is wrong with those that cannot be read."""
+    found, broken = [], {}
+    for folder in sorted(store.weights.glob("*")):
+        if DIGEST.fullmatch(folder.name):
+            try:
+                record = read_entry(folder)
+            except StoreError as error:
+                broken[folder.name] = error
+                continue
+            found += [record] if record is not None else []
+    return sorted(found, key=lambda record: record.name), broken
+
+
+def read_entry(folder: Path) -> PublishedWeights | None:
+    """The record of an entry; None where it has none, or was removed meanwhile. Raises StoreError for a broken one."""
+    path = folder / RECORD_FILE
+    about = read_json(path)
+    if about is None:
+        return None
+    try:
+        record = PublishedWeights.model_validate(about)
+    except ValidationError as error:
+        raise StoreError(
+            f"{path}: not a record of this version ({error.errors()[0]['msg']}); remove its folder and import again"
+        ) from error
+    if record.digest != folder.name or not (folder / WEIGHTS_FILE).is_file():
+        if not path.exists():
+            return None
+        raise StoreError(f"{folder}: without {WEIGHTS_FILE}, or another's; remove the folder and import again")
+    return record
 
 
 def find_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeights, Path]:
@@ -287,7 +310,7 @@ def find_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeights, P
 
     Raises StoreError that names the nearest, and how to import them.
     """
-    records = list_weights(store)
+    records, broken = readable_weights(store)
     found = [record for record in records if record.name == name_or_digest]
     if not found and len(name_or_digest) >= SHORTEST_PREFIX:
         found = [record for record in records if record.digest.startswith(name_or_digest)]
@@ -325,6 +348,8 @@ def read_tensors(record: PublishedWeights, path: Path) -> "dict[str, Tensor]":
 
 def weights_at_hand(store: Store) -> list[PublishedWeights]:
     """The published weights that a command may use without a download, by name: those in the store."""
+    if not found and broken:      # one of them may be meant
+        raise min(broken.items(), key=lambda item: not item[0].startswith(name_or_digest))[1]
     return list_weights(store)
 
 
