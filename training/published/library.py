@@ -179,7 +179,7 @@ def describe(
     kept = None if classes is None else tuple(classes)
     net, layers, mean = converted.net, converted.layers, converted.mean
     return PublishedWeights(
-        name=name or source.name or source.published_as or found.name or name_of(source.file),
+        name=check_name(name or source.name or source.published_as or own_name(found) or name_of(source.file)),
         digest=weights_digest(net=net, layers=layers, tensors=converted.tensors, mean=mean, classes=kept),
         net=net,
         layers=layers,
@@ -227,6 +227,11 @@ def check_origin(record: PublishedWeights, source: Source, found: "Found") -> No
 def changing(store: Store, say: Say) -> AbstractContextManager[None]:
     """Holds the lock of the store's weights, waiting while another command changes them."""
     return hold_when_free(store.locks / "weights.lock", "another command is changing the store's weights", say)
+
+def own_name(found: "Found") -> str | None:
+    """The name within a file of `weights export`; a publisher's only where the digest beside it can prove it."""
+    return None if found.name in KNOWN and found.digest is None else found.name
+
 
 
 def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *, named: bool) -> PublishedWeights:

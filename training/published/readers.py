@@ -189,9 +189,17 @@ def own_found(tensors: dict[str, Tensor], about: str | None, file: Path) -> Foun
         )
         classes = None if said["classes"] is None else tuple(str(name) for name in said["classes"])
         net = one_of_nets(said["net"])
-        return Found(tensors, convention, net, classes, said["licence"], said["origin"], said["name"], said["digest"])
+        licence, origin, name, digest = (text_or_none(said[key]) for key in ("licence", "origin", "name", "digest"))
+        return Found(tensors, convention, net, classes, licence, origin, name, digest)
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{file}: its metadata {OWN_KEY!r} is not that of `vggrow weights export`; export again") from error
+
+
+def text_or_none(value: Any) -> str | None:
+    """The text, or ValueError for anything but one or none."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
 
 
 def rgb(values: Any) -> tuple[float, float, float]:
