@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -266,6 +267,23 @@ def test_a_publishers_name_is_downloaded_imported_and_cleared_away(tmp_path, pub
     assert import_weights(str(tmp_path / "file.pth"), store) == record
     assert import_weights(str(tmp_path / "file.pth"), store, name=NAME) == record
     assert len(imagenet_classes()) == 1000 and record.classes is None        # convs alone have no classes
+
+
+def test_a_publishers_weights_that_the_store_has_are_not_downloaded_again(tmp_path, publisher, monkeypatch):
+    torch.save(convs("A"), tmp_path / "file.pth")
+    publisher.content = (tmp_path / "file.pth").read_bytes()
+    publish(publisher, monkeypatch)
+    publisher.plan = ["drip"]      # the second import begins while the first downloads
+    store = open_store(tmp_path / "store")
+
+    with ThreadPoolExecutor(2) as pool:
+        records = list(pool.map(lambda _: import_weights(NAME, store), range(2)))
+    again = import_weights(NAME, store)
+
+    assert records == [again, again] and len(publisher.asked) == 1
+    with pytest.raises(StoreError, match=f"--name mine: these weights are in the store already, as '{NAME}'"):
+        import_weights(NAME, store, name="mine")
+    assert len(publisher.asked) == 1
 
 
 def test_a_disk_that_fills_up_while_downloading_is_named(tmp_path, publisher, known):

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,15 +82,48 @@ def import_weights(
     """
     if name is not None:
         check_name(name)
-    found_source = fetch_source(source, store, mirror=mirror, progress=progress, say=say)
-    found, converted = read_and_convert(found_source, convention)
-    record = describe(found_source, found, converted, name=name, classes=classes)
-    check_origin(record, found_source, found)
-    with changing(store, say):
-        record = keep(store, record, converted.tensors, named=name is not None)
-    if found_source.file.parent == store.root / "downloads":
-        found_source.file.unlink(missing_ok=True)
+    with ExitStack() as held:
+        if is_published(source):      # until the download is in the store: a second import of it has nothing to do then
+            lock = store.locks / f"{KNOWN[source].file_name}.lock"
+            held.enter_context(hold_when_free(lock, f"another command is importing {source}", say))
+            there = imported_before(source, store, name) if classes is None else None
+            if there is not None:
+                return there
+        found_source = fetch_source(source, store, mirror=mirror, progress=progress, say=say)
+        found, converted = read_and_convert(found_source, convention)
+        record = describe(found_source, found, converted, name=name, classes=classes)
+        check_origin(record, found_source, found)
+        with changing(store, say):
+            record = keep(store, record, converted.tensors, named=name is not None)
+        if found_source.file.parent == store.root / "downloads":
+            found_source.file.unlink(missing_ok=True)
     return record
+
+
+def is_published(source: str) -> bool:
+    """Whether this means a publisher's file, to be downloaded."""
+    return source in KNOWN and not Path(source).exists()
+
+
+def imported_before(source: str, store: Store, name: str | None) -> PublishedWeights | None:
+    """The store's entry of a publisher's file, under the classes that it has by itself; None: not there.
+
+    Names of KNOWN are given to the publishers' weights alone, see check_origin. Raises StoreError for another `name`.
+    """
+    for record in readable_weights(store)[0]:
+        if source in (record.name, record.source) and record.classes in (None, imagenet_classes()):
+            check_free(record, name)
+            return record
+    return None
+
+
+def check_free(record: PublishedWeights, name: str | None) -> None:
+    """Raises StoreError where weights of the store, `record`, are to have another name."""
+    if name is not None and name != record.name:
+        raise StoreError(
+            f"--name {name}: these weights are in the store already, as {record.name!r}; use that name, or first run vggrow"
+            f" weights remove {record.name}"
+        )
 
 
 def fetch_source(source: str, store: Store, *, mirror: str | None, progress: Progress, say: Say) -> Source:
@@ -99,7 +132,7 @@ def fetch_source(source: str, store: Store, *, mirror: str | None, progress: Pro
         packed = PACKAGES[source]
         file = installed_file(packed)
         return Source(source, file, file_digests(file), packed.name, packed)
-    if source in KNOWN and not Path(source).exists():
+    if is_published(source):
         from training.published.download import download
 
         file = download(source, store.root / "downloads", mirror=mirror, progress=progress, say=say)
@@ -195,6 +228,11 @@ def describe(
     )
 
 
+def own_name(found: "Found") -> str | None:
+    """The name within a file of `weights export`; a publisher's only where the digest beside it can prove it."""
+    return None if found.name in KNOWN and found.digest is None else found.name
+
+
 def name_of(file: Path) -> str:
     """A name from a file's: letters, digits, '.', '_' and '-' of it."""
     stem = file.parent.name if file.name == WEIGHTS_FILE else file.stem
@@ -228,11 +266,6 @@ def changing(store: Store, say: Say) -> AbstractContextManager[None]:
     """Holds the lock of the store's weights, waiting while another command changes them."""
     return hold_when_free(store.locks / "weights.lock", "another command is changing the store's weights", say)
 
-def own_name(found: "Found") -> str | None:
-    """The name within a file of `weights export`; a publisher's only where the digest beside it can prove it."""
-    return None if found.name in KNOWN and found.digest is None else found.name
-
-
 
 def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *, named: bool) -> PublishedWeights:
     """Writes an entry, whole or not at all, unless it is there; gives the record that stands in the store."""
@@ -240,11 +273,7 @@ def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *
 
     for other in readable_weights(store)[0]:
         if other.digest == record.digest:
-            if other.name != record.name and named:
-                raise StoreError(
-                    f"--name {record.name}: these weights are in the store already, as {other.name!r}; use that name, or"
-                    f" first run vggrow weights remove {other.name}"
-                )
+            check_free(other, record.name if named else None)
             return other
         if other.name == record.name:
             raise StoreError(
@@ -319,6 +348,8 @@ def find_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeights, P
     found = [record for record in records if record.name == name_or_digest]
     if not found and len(name_or_digest) >= SHORTEST_PREFIX:
         found = [record for record in records if record.digest.startswith(name_or_digest)]
+    if not found and broken:      # one of them may be meant
+        raise min(broken.items(), key=lambda item: not item[0].startswith(name_or_digest))[1]
     if len(found) != 1:
         raise StoreError(not_found(store, name_or_digest, records))
     return found[0], store.weights / found[0].digest / WEIGHTS_FILE
@@ -351,10 +382,15 @@ def read_tensors(record: PublishedWeights, path: Path) -> "dict[str, Tensor]":
     return tensors
 
 
+def verified_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeights, Path]:
+    """As find_weights, for weights that are to be used: every byte of them is compared with their digest."""
+    record, path = find_weights(store, name_or_digest)
+    read_tensors(record, path)
+    return record, path
+
+
 def weights_at_hand(store: Store) -> list[PublishedWeights]:
     """The published weights that a command may use without a download, by name: those in the store."""
-    if not found and broken:      # one of them may be meant
-        raise min(broken.items(), key=lambda item: not item[0].startswith(name_or_digest))[1]
     return list_weights(store)
 
 
@@ -411,10 +447,3 @@ def remove_weights(store: Store, removal: Removal, *, force: bool = False, say: 
         with suppress(FileNotFoundError):       # removed by another command meanwhile
             removal.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-def verified_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeights, Path]:
-    """As find_weights, for weights that are to be used: every byte of them is compared with their digest."""
-    record, path = find_weights(store, name_or_digest)
-    read_tensors(record, path)
-    return record, path
-
-
