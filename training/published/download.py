@@ -123,7 +123,7 @@ def check_digest(known: Known, url: str, file: Path) -> None:
         file.unlink()
         raise WeightsError(
             f"{url}: its {known.algorithm} is {found[: len(known.digest)]}, expected {known.digest} ({size:,} bytes, removed);"
-            " run the same command again, and if that is no help, ask who runs that server"
+            " run the same command again, and if it fails again, ask the server's administrator"
         )
 
 
