@@ -117,7 +117,7 @@ def test_a_third_folder_waits_for_a_person_whose_command_makes_it_champion(growi
     growing.add_class("aardvark", "coffee", 2)
     waits = vggrow("retrain", growing.pipeline, timeout_s=900)
     tick, before = growing.ticks()[-1], growing.aliases()
-    command = waits.stdout.partition("decision: `")[2].partition("`")[0]
+    command = waits.stdout.partition("decision: run `")[2].partition("`")[0]
     promoted = vggrow(*shlex.split(command)[1:], timeout_s=900)
     history = vggrow("history", growing.pipeline)
     picture = min((growing.photos / "test" / "aardvark").iterdir())
