@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from deploy.scans import scan_data
 from pipelines.manifest import Manifest, Pictures
-from training.features.compute import features_of
+from training.features.compute import Workers, features_of
 from training.features.source import pooled_spec, published_source
 from training.store import Store, open_store
-from training.where import Where
 from vggcore.counter_hash import hash64
 from vggcore.logistic import GRID, Layer, Rows, fit_layer
 from vggcore.metrics import balanced_accuracy, macro_auc
@@ -54,7 +53,7 @@ def values(store: Store, scale: int, pictures: Pictures) -> tuple[NDArray[np.flo
     """Features (n, F) of pictures at a scale, all groups, and how many were computed for it."""
     source = published_source(store, WEIGHTS)
     spec = pooled_spec(source, Features(groups=GROUPS, pool="both", scales=(scale,)), precision="fp32")
-    found = features_of(pictures, spec, source, Where(store, threads=1))
+    found = features_of(pictures, spec, source, store, Workers(1))
     return found.values, found.computed
 
 
