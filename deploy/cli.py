@@ -183,7 +183,7 @@ def train(
     from deploy.line import run_line
     from deploy.progress import Progress
     from training.stop_switch import Interrupted
-    from training.where import Where, threads_for
+    from training.where import Where, default_device, threads_for
 
     console = Console(stderr=True, highlight=False)
     where = Where(
@@ -237,13 +237,6 @@ def tracking_of(model: str, tracking: str | None, store: Path) -> str:
     from deploy.tracking_address import resolve_tracking
 
     return answering(tracking, store) if model.startswith(("models:", "runs:")) else resolve_tracking(tracking, store)
-
-
-def default_device() -> str:
-    """ "cuda" where torch finds a GPU on this machine."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @vggrow.command()

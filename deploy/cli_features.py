@@ -128,17 +128,15 @@ def features(
         from training.ray_address import check_address
 
         check_address(head)
-    import torch
-
     from deploy.feature_table import Asked, write_features
-    from training.where import Where, threads_for
+    from training.where import Where, default_device, threads_for
 
     where = Where(
         store=opened,
         workers=workers,
         threads=threads or threads_for(workers),
         address=address,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or default_device(),
     )
     asked = Asked(
         groups=groups if isinstance(groups, tuple) else None,

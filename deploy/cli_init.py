@@ -5,8 +5,7 @@ from pathlib import Path
 
 import click
 
-from deploy.options import command_name, store_option
-from training.store import DEFAULT_STORE
+from deploy.options import command_name, elsewhere, store_option
 
 
 @click.command()
@@ -39,8 +38,8 @@ def init(folder: Path, weights: str | None, pipeline: bool, out: Path | None, fo
     click.echo(f"looked at: {written.looked}")
     for path in written.files:
         click.echo(f"written: {path}")
-    elsewhere = [] if store == DEFAULT_STORE else ["--store", store]
-    click.echo(f"next: {command_name()} {shlex.join(['train', str(written.files[0]), '--yardsticks', *elsewhere])}")
+    train = shlex.join(["train", str(written.files[0]), "--yardsticks"])
+    click.echo(f"next: {command_name()} {train}{elsewhere(store)}")
 
 
 def register(group: click.Group) -> None:

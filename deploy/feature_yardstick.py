@@ -14,7 +14,7 @@ from pipelines.manifest import Manifest, Pictures
 from training.features.compute import Workers, features_of
 from training.features.source import chosen_precision, pooled_spec, published_source
 from training.features.suspects import write_suspects
-from training.published.library import weights_at_hand
+from training.published.library import list_weights
 from training.store import Store
 from vggcore.logistic import Layer, Rows, fit_layer
 from vggcore.published import PublishedWeights
@@ -46,7 +46,7 @@ def with_features(
     learn from, and its penalty is chosen on val. Suspected labels go to the schedule's folder. Raises VggrowError for
     pictures that have changed.
     """
-    record = weights_to_use(weights_at_hand(store))
+    record = weights_to_use(list_weights(store))
     known = any(row.name.endswith(ROW) for row in found.rows)
     if record is None or known or any(stage.fit == "logistic" and stage.weights_digest for stage in stages):
         return found

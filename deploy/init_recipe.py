@@ -8,12 +8,13 @@ from pathlib import Path
 
 from deploy import starter_files as files
 from deploy.machine import Machine, this_machine
+from deploy.options import elsewhere
 from deploy.starter_lines import Facts, facts_for
 from deploy.starter_tables import notes, recipe_tables
 from pipelines.folder_look import look_at_folder
 from pipelines.sources import is_utf8, printable
 from training.published.library import find_weights, list_weights
-from training.store import DEFAULT_STORE, Store, store_around, store_to_read
+from training.store import Store, store_around, store_to_read
 from vggcore.errors import DatasetError, RecipeError, StoreError
 from vggcore.published import PUBLISHED, PublishedWeights
 
@@ -102,7 +103,7 @@ def opening(asked: Asked, machine: Machine, weights: PublishedWeights | None) ->
     if weights is None:
         lines.append(
             "Of a few thousand pictures, or less, a linear model on published weights usually learns more than any net from"
-            f" scratch: `vggrow weights import {PUBLISHED}{elsewhere(asked)}`, then `{again(asked, PUBLISHED)}`."
+            f" scratch: `vggrow weights import {PUBLISHED}{elsewhere(asked.store)}`, then `{again(asked, PUBLISHED)}`."
         )
     return lines
 
@@ -140,9 +141,4 @@ def suggestion(asked: Asked) -> str | None:
 
 def again(asked: Asked, name: str) -> str:
     """The command that writes the recipe anew, from published weights."""
-    return f"{typed(asked, f'{PREFIX}{name}')}{elsewhere(asked)} --force"
-
-
-def elsewhere(asked: Asked) -> str:
-    """The store as an option, where it is not the usual one."""
-    return "" if asked.store == DEFAULT_STORE else f" --store {shlex.quote(asked.store)}"
+    return f"{typed(asked, f'{PREFIX}{name}')}{elsewhere(asked.store)} --force"

@@ -6,12 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from deploy.line import Line
+from deploy.options import elsewhere
 from deploy.tracking_address import SQLITE
 from deploy.verdict import verdict
 from deploy.yardsticks import read_yardsticks, result_rows, result_table
 from training.parents import published_ancestor
 from training.published.library import list_weights
-from training.store import DEFAULT_STORE, Store
+from training.store import Store
 from vggcore.errors import StoreError
 from vggcore.published import PUBLISHED
 
@@ -31,7 +32,7 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
     else:
         page, address = "", line.tracking
     address += f"/#/experiments/{line.experiment_id}?workflowType=machine_learning"
-    elsewhere = "" if store == DEFAULT_STORE else f" --store {store}"
+    there = elsewhere(store)
     parts = [
         f"Test split, {facts['pictures']} pictures, {facts['protocol']}, Q = {scales}{views} for {line.registered_stage}:",
         "",
@@ -41,7 +42,7 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
         f"report    {from_here(line.report)}",
         f"MLflow    {page}" if page else f"MLflow    {address}",
         *([f"          then {address}"] if page else []),
-        f"predict   {command} predict {line.registered.uri} PICTURE...{elsewhere}",
+        f"predict   {command} predict {line.registered.uri} PICTURE...{there}",
     ]
     wrong = verdict(line.measured, yardsticks)
     if wrong:
@@ -50,19 +51,19 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
         with suppress(StoreError):                  # the run is done: what is broken beside it must not hide its table
             known = any(published_ancestor(stage, line.stages, opened) for stage in line.stages)
             weights = [record.name for record in list_weights(opened)]
-            parts += [what_to_try(pictures, known, weights, command, elsewhere)]
+            parts += [what_to_try(pictures, known, weights, command, there)]
     return "\n".join(parts)
 
 
-def what_to_try(pictures: Path | None, from_weights: bool, weights: Sequence[str], command: str, elsewhere: str) -> str:
+def what_to_try(pictures: Path | None, from_weights: bool, weights: Sequence[str], command: str, there: str) -> str:
     """The next step after a poor result. weights: the published ones in the store; from_weights: a stage started from some."""
     if from_weights:
         return "try: mend wrong labels (the report shows the worst pictures), larger features.scales, or more pictures"
     name = weights[0] if weights else PUBLISHED
-    first = "" if weights else f"{command} weights import {name}{elsewhere}, then "
+    first = "" if weights else f"{command} weights import {name}{there}, then "
     if pictures is None:
         return f'try: {first}a stage with head = "linear", fit = "logistic" and init_from = "weights:{name}"'
-    return f"try: {first}{command} init {shlex.quote(from_here(pictures))} --from weights:{name}{elsewhere} --out NEW.toml"
+    return f"try: {first}{command} init {shlex.quote(from_here(pictures))} --from weights:{name}{there} --out NEW.toml"
 
 
 def from_here(path: Path) -> str:

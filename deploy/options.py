@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from training.store import DEFAULT_STORE
 from training.worker_count import WorkerCount, read_workers
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -93,3 +95,8 @@ def command_name() -> str:
     """How this command is typed here: vggrow, or the path to it where it is not on PATH."""
     beside = Path(sys.executable).with_name("vggrow")
     return "vggrow" if shutil.which("vggrow") or not beside.exists() else os.path.relpath(beside)
+
+
+def elsewhere(store: str) -> str:
+    """The store as an option to append to a printed command, quoted; empty where it is the usual one."""
+    return "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deploy.line import Line, Together, run_line
 from deploy.pipeline_file import Pipeline
 from deploy.progress import Progress
@@ -16,7 +14,7 @@ from deploy.warm_start import Beginning, in_known_order, warm_recipe
 from pipelines.manifest import Manifest
 from training.listener import Listener
 from training.store import Store
-from training.where import Where, threads_for
+from training.where import Where, default_device, threads_for
 from vggcore.errors import RecipeError
 from vggcore.recipe import Recipe, parse_recipe
 from vggcore.schedule import Stage
@@ -94,7 +92,7 @@ def where_of(pipeline: Pipeline, store: Store) -> Where:
         workers=run.workers,
         threads=run.threads or threads_for(run.workers),
         address=run.address,
-        device=run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=run.device or default_device(),
     )
 
 

@@ -113,7 +113,7 @@ def warm_recipe(
     if own.fit == "logistic":                                              # which has one set of weights
         tables.get("register", {}).pop("weights", None)
     if own.head == "linear":                                               # which is tested in one way
-        for key in ("protocol", "scales", "views"):
+        for key in ("protocol", "scales"):
             tables.get("evaluate", {}).pop(key, None)
     if effective_views(recipe.evaluate.views, recipe.evaluate.protocol, own) == "none":      # what another stage alone used
         tables.get("evaluate", {}).pop("views", None)

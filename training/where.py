@@ -51,6 +51,11 @@ class Where:
         return (self.address or os.environ.get("RAY_ADDRESS", "local")) != "local"
 
 
+def default_device() -> str:
+    """cuda where torch finds a GPU here, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_where(where: Where, stages: Sequence[Stage]) -> None:
     """RecipeError or DeviceError for what cannot work, before anything starts."""
     batch = min((stage.global_batch for stage in stages if stage.fit == "sgd"), default=None)

