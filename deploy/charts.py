@@ -188,7 +188,8 @@ def draw_views(images: NDArray[np.floating], titles: Sequence[str]) -> Figure:
     columns = min(8, len(images))
     lines = -(-len(images) // columns)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(1.3 * columns, 1.55 * lines), layout="constrained")
+        figure = Figure(figsize=(1.3 * columns, 1.55 * lines))
+        figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.22 / (1.55 * lines), wspace=0.06, hspace=0.22)
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()

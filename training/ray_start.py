@@ -22,6 +22,7 @@ QUIET_AND_QUICK = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",     # idle processes, one a core, which no stage uses
     "RAY_worker_niceness": "0",      # Ray's 15 starves training beside any other work (350 -> 15 images/s, measured)
 }
 

@@ -15,11 +15,12 @@ from training.processes import ray_workers
 
 VGGROW = [sys.executable, "-m", "deploy"]
 ROOT = Path(__file__).resolve().parents[2]
+LEFT_OUT = ("VGGROW_STORE", "MLFLOW_TRACKING_URI", "PYTHONBREAKPOINT")     # the last: of a Ray that a test has had in its process
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The caller's, without its stores."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("VGGROW_STORE", "MLFLOW_TRACKING_URI")}
+    """The caller's, without its stores and what Ray left in it."""
+    ours = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     return ours | {"PYTHONPATH": str(ROOT)} | more
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 MODULES = (
     "deploy.cli", "deploy.line", "deploy.retrain", "deploy.report", "deploy.predict", "training.fit", "ray.train.torch",
     "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store",
-    "nvidia.dali.fn", "pandas",
+    "nvidia.dali.fn", "pandas", "matplotlib.font_manager",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 READ = ("OMP_", "MKL_", "CUDA_", "LD_", "PYTHON", "TMPDIR")     # variables that imports read, by how their names begin
@@ -135,6 +135,9 @@ def serve(requests: socket.socket) -> str:
     """Forks a command for each request until the other end closes; in the command's own process alone gives its module."""
     for module in MODULES:
         __import__(module)
+    from mlflow.utils import requirements_utils
+
+    requirements_utils._init_modules_to_packages_map()      # which installed package has which module: 1.5 s a command
     gc.freeze()                              # else each command spends four seconds at its end on what it did not make
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, CUT, 3)
