@@ -376,6 +376,8 @@ def summary(
         return
     if net not in get_args(NetName):
         raise click.BadParameter(f"{net!r} is not one of {', '.join(get_args(NetName))} or weights:NAME", param_hint="NET")
+    if context.get_parameter_source("store") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--store has no effect on net {net}: only weights:NAME are in a store; leave it out")
     from dataclasses import asdict
 
     from deploy.plan_table import layer_text

@@ -14,14 +14,13 @@ import torch
 
 from pipelines.manifest import Manifest
 from training.bench import bare_loop, rate
-from training.bench_subject import Subject, processor_flags, subject
+from training.bench_subject import Subject, subject
+from training.features.forward import has_bf16
 from training.learner import set_up_torch
 from training.memory import keep_memory
 from training.optimise import Way
 from training.stage_job import StageJob
 from vggcore.schedule import Stage
-
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}    # of /proc/cpuinfo, x86 and ARM
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ def freezes(stage: Stage) -> list[int]:
 
 def bf16_note(device: str) -> str:
     """What to know of bf16 here; empty where the device multiplies it itself."""
-    if device == "cuda":
-        return "" if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU emulates bf16"
-    return "" if BF16_FLAGS & processor_flags() else "this processor has no bf16 of its own"
+    if has_bf16(device):
+        return ""
+    return "this GPU emulates bf16" if device.startswith("cuda") else "this processor has no bf16 of its own"
 
 
 def measure_settings(job: StageJob, manifest: Manifest, *, seconds: float, turns: int) -> SettingSpeeds:

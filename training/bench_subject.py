@@ -71,11 +71,6 @@ def processor_lines(name: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)]
 
 
-def processor_flags() -> set[str]:
-    """What the processor can do, in Linux's words."""
-    return set(" ".join(processor_lines("flags")[:1] + processor_lines("Features")[:1]).split())
-
-
 def machine() -> str:
     """Processor, cores, Python."""
     names = processor_lines("model name")

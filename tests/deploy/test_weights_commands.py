@@ -98,6 +98,8 @@ def test_the_summary_of_imported_weights_has_their_layers_mean_and_classes(store
     refused(vggrow("summary", "weights:vgg12", "--store", store), "did you mean 'vgg11'?")
     wrong = vggrow("summary", "weights:vgg11", "--width", "0.5", "--store", store)
     assert wrong.returncode == 2 and "--width has no effect on imported weights" in wrong.stderr
+    ours = vggrow("summary", "D", "--store", store)
+    assert ours.returncode == 2 and "--store has no effect on net D" in ours.stderr
 
 
 @pytest.mark.parametrize(

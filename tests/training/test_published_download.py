@@ -286,6 +286,17 @@ def test_a_publishers_weights_that_the_store_has_are_not_downloaded_again(tmp_pa
     assert len(publisher.asked) == 1
 
 
+def test_a_name_that_other_weights_have_is_refused_before_a_byte_is_downloaded(tmp_path, publisher, monkeypatch):
+    torch.save(convs("A"), tmp_path / "file.pth")
+    publish(publisher, monkeypatch)
+    store = open_store(tmp_path / "store")
+    import_weights(str(tmp_path / "file.pth"), store, name="mine")
+
+    with pytest.raises(StoreError, match=r"weights 'mine': .* imported from .*file.pth; give another --name, or .* remove mine"):
+        import_weights(NAME, store, name="mine")
+    assert publisher.asked == []
+
+
 def test_a_disk_that_fills_up_while_downloading_is_named(tmp_path, publisher, known):
     import os
     import subprocess

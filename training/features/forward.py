@@ -55,7 +55,7 @@ def has_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))      # the last: ARM's
 
 
 def set_up_device(device: str, precision: str) -> None:

@@ -89,6 +89,8 @@ def import_weights(
             there = imported_before(source, store, name) if classes is None else None
             if there is not None:
                 return there
+            if classes is None:
+                check_unused(store, name or source)
         found_source = fetch_source(source, store, mirror=mirror, progress=progress, say=say)
         found, converted = read_and_convert(found_source, convention)
         record = describe(found_source, found, converted, name=name, classes=classes)
@@ -124,6 +126,16 @@ def check_free(record: PublishedWeights, name: str | None) -> None:
             f"--name {name}: these weights are in the store already, as {record.name!r}; use that name, or first run vggrow"
             f" weights remove {record.name}"
         )
+
+
+def check_unused(store: Store, name: str) -> None:
+    """Raises StoreError where the store has weights of this name: before hundreds of megabytes are downloaded for it."""
+    for other in readable_weights(store)[0]:
+        if other.name == name:
+            raise StoreError(
+                f"weights {name!r}: the store has other weights of that name, imported from {other.source}; give another"
+                f" --name, or first run vggrow weights remove {name}"
+            )
 
 
 def fetch_source(source: str, store: Store, *, mirror: str | None, progress: Progress, say: Say) -> Source:
