@@ -15,7 +15,7 @@ from training.processes import ray_workers
 
 VGGROW = [sys.executable, "-m", "deploy"]
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = ("VGGROW_STORE", "MLFLOW_TRACKING_URI", "PYTHONBREAKPOINT")     # the last: of a Ray that a test has had in its process
+LEFT_OUT = ("VGGROW_STORE", "MLFLOW_TRACKING_URI", "PYTHONBREAKPOINT")      # the last: of a Ray in a test's process
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -292,7 +292,7 @@ def test_a_name_that_other_weights_have_is_refused_before_a_byte_is_downloaded(t
     store = open_store(tmp_path / "store")
     import_weights(str(tmp_path / "file.pth"), store, name="mine")
 
-    with pytest.raises(StoreError, match=r"weights 'mine': .* imported from .*file.pth; give another --name, or .* remove mine"):
+    with pytest.raises(StoreError, match=r"weights 'mine': .* from .*file.pth; give another --name, or .* remove mine"):
         import_weights(NAME, store, name="mine")
     assert publisher.asked == []
 
