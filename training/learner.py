@@ -19,6 +19,7 @@ from training.new_rows import set_new_rows
 from training.optimise import check_layouts, load_moments, make_optimizer, set_learning_rate
 from training.stage_job import StageJob
 from training.team import Team
+from training.unit_inputs import UnitInputs, wants_unit_inputs
 from vggcore.initialise import initialise_net
 from vggcore.nets import Vgg, build_net
 from vggcore.schedule import Stage
@@ -57,11 +58,17 @@ class Learner:
         self.net.to(team.device)
         if checkpoint is None and job.parent is not None and job.parent.added and stage.new_rows == "means":
             set_new_rows(self.net, job, team.device)
+        self.unit_inputs = UnitInputs.measured(self.net, job, team) if checkpoint is None and wants_unit_inputs(job) else None
+        if self.unit_inputs is not None:
+            self.unit_inputs.shrink_random_rows(job)
         self.net.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
         freeze(self.net, stage)      # before DDP, which exchanges the gradients of what is trained alone
         self.optimizer = make_optimizer(self.net.named_parameters(), stage)
         if checkpoint is not None:
             load_moments(self.optimizer, checkpoint.optimizer_state())
+            self.unit_inputs = UnitInputs.kept(self.net, job, self.optimizer)
+        elif self.unit_inputs is not None:
+            self.unit_inputs.keep(self.optimizer)
         self.class_factors = class_factors.to(team.device) if class_factors is not None else None
         self.checked = False       # the layouts of what the optimiser walks over, at the first update
         self.model = self.parallel_model()
@@ -151,7 +158,8 @@ class Learner:
             check_layouts(self.optimizer)
             self.checked = True
         set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
+        with self.unit_inputs.applied() if self.unit_inputs is not None else nullcontext():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -32,14 +32,14 @@ FROZEN = ["features.0.weight", "features.0.bias", "features.3.weight", "features
 @pytest.fixture
 def child(world, tmp_path):  # noqa: F811
     """Makes the job of a net A that starts from another one, in a store of its own, with any settings."""
-    weights = tmp_path / "parent.safetensors"
-    stage = job_of(world).stage
-    net = build_net(stage.net, classes=3, **stage.net_settings)
-    initialise_net(net, "he", width=stage.width, seed=99, name="parent")
-    save_weights(net.state_dict(), weights)
 
     def make(name: str, **changes) -> StageJob:
         job = job_of(world, **({"freeze": 2, "max_epochs": 3, "learning_rate": 1e-3} | changes))
+        weights = tmp_path / f"parent-{job.stage.head}.safetensors"
+        stage = job.stage.model_copy(update={"net": "A"})
+        net = build_net(stage.net, classes=3, **stage.net_settings)
+        initialise_net(net, "he", width=stage.width, seed=99, name="parent")
+        save_weights(net.state_dict(), weights)
         store = open_store(tmp_path / name)
         for part in ("data", "locks"):
             folder = store.root / part

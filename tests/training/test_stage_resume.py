@@ -16,7 +16,7 @@ from training.stage_job import StageJob
 from training.store import Store, read_json
 from training.team import Team
 from training.worker import StageTraining, train_stage
-from vggcore.recipe import CheckpointEvery
+from vggcore.recipe import CheckpointEvery, Features
 
 BATCHES = 4                # 24 pictures in batches of 7
 STALLS = {"patience": 1, "drops": 2, "learning_rate": 1e-4, "max_epochs": 6}      # val hardly moves: the rate drops
@@ -29,6 +29,7 @@ STAGES = {
     "a warm-up, then plateau":  {"freeze": 0, "warmup_epochs": 2, **STALLS},
     "rates by layer that drop": {"freeze": 0, "layer_decay": 0.7, **STALLS},
     "frozen groups":            {"freeze": 3, "decay_biases": False, "weight_decay": 0.1},
+    "a linear head":            {"freeze": 1, "head": "linear", "features": Features(groups=(1, 2), pool="both")},
 }
 # fmt: on
 
