@@ -8,7 +8,7 @@ from pathlib import Path
 from deploy.line import Line
 from deploy.options import elsewhere
 from deploy.tracking_address import SQLITE
-from deploy.verdict import verdict
+from deploy.verdict import beside_parents, verdict
 from deploy.yardsticks import read_yardsticks, result_rows, result_table
 from training.parents import published_ancestor
 from training.published.library import list_weights
@@ -44,9 +44,12 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
         *([f"          then {address}"] if page else []),
         f"predict   {command} predict {line.registered.uri} PICTURE...{there}",
     ]
+    opened, classes = Store(Path(store).expanduser().absolute()), line.measured.posteriors.shape[1]
+    worse = beside_parents(line.stages, line.keys, opened, classes=classes, pictures=line.val_pictures)
+    if worse:
+        parts += ["", *worse]
     wrong = verdict(line.measured, yardsticks)
     if wrong:
-        opened = Store(Path(store).expanduser().absolute())
         parts += ["", *wrong]
         with suppress(StoreError):                  # the run is done: what is broken beside it must not hide its table
             known = any(published_ancestor(stage, line.stages, opened) for stage in line.stages)

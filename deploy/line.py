@@ -72,6 +72,7 @@ class Line:
     parent_run_id: str
     report: Path
     measured: Measured                      # the registered stage's posteriors
+    val_pictures: int
 
 
 def run_line(
@@ -160,6 +161,7 @@ def run_line(
         parent_run_id=tracker.parent_run_id,
         report=report,
         measured=read_measured(evaluations[chosen.name].folder),
+        val_pictures=len(manifest.split("val")),
     )
 
 

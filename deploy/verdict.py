@@ -1,10 +1,19 @@
-"""Whether a result is worth having, in plain words: above chance by its interval, and above logistic regression on pixels."""
+"""Whether a result is worth having, in plain words: above chance by its interval, and above logistic regression on pixels.
+
+And whether a stage has made its parent's weights worse, which a rate that is too large does.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy.yardsticks import BOOTSTRAP_SEED, LOGISTIC_NAME, Measured, Yardsticks
+from training.parents import result_entry
+from training.store import Store
 from vggcore.metrics import balanced_accuracy, bootstrap_interval, paired_bootstrap
+from vggcore.schedule import Stage
 
 
 def verdict(net: Measured, found: Yardsticks | None) -> list[str]:
@@ -56,3 +65,35 @@ def beside_pixels(net: Measured, found: Yardsticks) -> str | None:
         f" {100 * balanced(plain, labels):.1f} %, a difference of {100 * difference:.1f} (95 % interval {100 * low:+.1f} to"
         f" {100 * high:+.1f}){apart}"
     )
+
+
+def beside_parents(
+    stages: Sequence[Stage], keys: Mapping[str, str], store: Store, *, classes: int, pictures: int
+) -> list[str]:
+    """A sentence on each stage, trained by SGD, that ended worse on val than it could have begun.
+
+    That is a mean loss above ln `classes`, which a net has that looks at no picture; or, beside its parent in the schedule, a
+    larger loss and a top-1 accuracy lower by more than two standard errors of one over so many val `pictures`.
+    """
+    found = []
+    for stage in stages:
+        own = result_entry(store, keys[stage.name])
+        if stage.fit == "logistic" or own["val_loss"] is None:
+            continue
+        advice = f"lower its learning_rate of {stage.learning_rate:g}"
+        if own["val_loss"] > math.log(classes):
+            found.append(
+                f"{stage.name} ended worse than chance on val: mean loss {own['val_loss']:.4g}, and {math.log(classes):.2f}"
+                f" without a look at the pictures; {advice}"
+            )
+            continue
+        parent = keys.get(stage.init_from or "")
+        theirs = result_entry(store, parent) if parent is not None else own
+        ours, before = own["val_top1_accuracy"], theirs["val_top1_accuracy"]
+        error = math.sqrt(before * (1 - before) / pictures)
+        if theirs["val_loss"] is not None and own["val_loss"] > theirs["val_loss"] and ours < before - 2 * error:
+            found.append(
+                f"{stage.name} ended below {stage.init_from}, which it starts from, on val: top-1 {100 * ours:.1f} against"
+                f" {100 * before:.1f} %; {advice}"
+            )
+    return found

@@ -1,9 +1,9 @@
 """A linear head's layer, trained as if each of its inputs had a mean square near 1.
 
-What the layer sees are pooled outputs of convs. Those of Keras' VGG-16 have mean squares from 1e-3 to 5e7, so that no rate suits
-the layer's columns, nor both the layer and the convs: fine-tuning from a fitted layer diverges at 1e-6 (docs/adr/0011). So every
-update is made on weights times 2^k, as if the inputs were divided by 2^k; k is a column's own. Powers of two are exact: what is
-stored and served is the layer itself, bit by bit.
+What the layer sees are pooled outputs of convs. Those of Keras' VGG-16 have mean squares from 1e-3 to 5e7, so that no rate
+suits all columns of the layer, nor both the layer and the convs: fine-tuning from a fitted layer diverged at a rate of 1e-6
+(docs/adr/0011-unit-inputs.md). So each update is made on weights times 2^k, as if the inputs were divided by 2^k; each column
+has its own k. Powers of two are exact: what is stored and served is the layer itself.
 """
 
 from collections.abc import Iterator

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from deploy.last_words import what_to_try
-from deploy.verdict import verdict
+from deploy.verdict import beside_parents, verdict
 from deploy.yardsticks import Measured, Yardstick, Yardsticks
+from training.store import Store
+from vggcore.schedule import Stage
+from vggcore.whole_file import write_json
 
 
 def measured(right: list[float], *, each: int = 40) -> Measured:
@@ -77,3 +80,41 @@ def test_what_to_try_names_the_next_command(tmp_path):
     assert what_to_try(tmp_path, False, ["mine"], "vggrow", " --store s").startswith("try: vggrow init")
     assert 'init_from = "weights:mine"' in what_to_try(None, False, ["mine"], "vggrow", "")
     assert "labels" in what_to_try(tmp_path, True, ["mine"], "vggrow", "")
+
+
+def said_of(tmp_path, parent: tuple[float, float | None], child: tuple[float, float | None], **changes) -> list[str]:
+    """What is said of D-96 from A-96, each with its top-1 accuracy and loss on val, of 400 pictures and two classes."""
+    store, keys = Store(tmp_path), {"A-96": "a" * 16, "D-96": "d" * 16}
+    for name, (top1, loss) in (("A-96", parent), ("D-96", child)):
+        weights = {"last": {"file": "w", "digest": "0", "val_top1_accuracy": top1, "val_loss": loss}}
+        write_json(store.stage(keys[name]) / "result.json", {"weights": weights})
+    settings = {"fit": "sgd", "learning_rate": 1e-4, "init_from": None}
+    stages = [
+        Stage.model_construct(**settings, name="A-96"),
+        Stage.model_construct(**settings | {"init_from": "A-96"} | changes, name="D-96"),
+    ]
+    return beside_parents(stages, keys, store, classes=2, pictures=400)
+
+
+def test_a_stage_whose_rate_was_too_large_is_named(tmp_path):
+    assert said_of(tmp_path, (0.85, 0.4), (0.24, 12274.0)) == [
+        "D-96 ended worse than chance on val: mean loss 1.227e+04, and 0.69 without a look at the pictures; lower its"
+        " learning_rate of 0.0001"
+    ]
+    assert said_of(tmp_path, (0.85, 0.4), (0.80, 0.5)) == [
+        "D-96 ended below A-96, which it starts from, on val: top-1 80.0 against 85.0 %; lower its learning_rate of 0.0001"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("child", "changes"),
+    [
+        ((0.84, 0.41), {}),                         # within two standard errors
+        ((0.80, 0.39), {}),                         # the loss is lower
+        ((0.80, None), {}),                         # of a version that recorded no loss
+        ((0.24, 0.69), {"init_from": None}),        # nothing to be beside
+        ((0.24, 12.0), {"fit": "logistic"}),        # has no rate
+    ],
+)
+def test_a_stage_that_is_about_as_good_as_its_parent_is_left_alone(tmp_path, child, changes):
+    assert said_of(tmp_path, (0.85, 0.4), child, **changes) == []
