@@ -86,10 +86,9 @@ FINE_BASE = {
 }  # fmt: skip
 FINE_OPTIONS: dict[str, dict[str, str | None]] = {
     "base": {},
-    "layer decay 0.5": {"layer_decay": "0.5"},
-    "label smoothing 0.1": {"label_smoothing": "0.1"},
+    "rate 1e-3": {"learning_rate": "1e-3"},
     "AdamW": {"optimiser": '"adamw"', "learning_rate": "1e-5", "weight_decay": "1e-2"},
-    "all but group 1 trained": {"freeze": "1"},
+    "layer decay 0.5": {"layer_decay": "0.5"},
 }
 
 
