@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deploy.charts import DPI, STYLE, HistoryRow, finite
+from deploy.own_output import CREATOR, check_figure
 from deploy.plan_table import aligned, number
 from deploy.report import find_schedule
 from pipelines.manifest import Manifest, read_manifest
@@ -282,17 +283,15 @@ def write_figure(found: Comparison, out: Path) -> None:
     """Draws the comparison into `out`, whole or not at all. Raises StoreError for a name that is neither SVG nor PNG."""
     if out.suffix not in FORMATS:
         raise StoreError(f"{out}: no name of a figure; wanted one that ends in {' or '.join(FORMATS)}")
+    check_figure(out)
     figure, content = draw_comparison(found), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         if out.suffix == ".svg":
-            figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(content, format="svg", metadata={"Date": None, "Creator": CREATOR})
         else:
-            FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    try:
-        with whole_file(out) as part:
-            part.write_bytes(content.getvalue())
-    except OSError as error:
-        raise StoreError(f"{out}: cannot be written ({error.strerror}); name another file") from error
+            FigureCanvasAgg(figure).print_png(content, metadata={"Software": CREATOR})
+    with whole_file(out) as part:
+        part.write_bytes(content.getvalue())
 
 
 def draw_comparison(found: Comparison) -> Figure:

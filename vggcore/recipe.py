@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from vggcore.errors import RecipeError
-from vggcore.recipe_checks import check_recipe
+from vggcore.recipe_checks import LARGEST_SIDE, check_recipe
 from vggcore.recipe_checks import nearest as nearest
 from vggcore.recipe_checks import stored_key as stored_key
 from vggcore.recipe_words import complaints, shown
@@ -48,7 +48,6 @@ GATE = "gate"                        # a fourth one, where a recipe asks for it:
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 LARGEST_COUNT = 10**9       # far above any number of pictures, epochs or iterations that a stage can live to see
-LARGEST_SIDE = 16_384       # pixels
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrNone = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]       # 0: none
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]

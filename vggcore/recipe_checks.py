@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 
+LARGEST_SIDE = 16_384           # pixels, of a crop and of a scale
 PICTURE_TO_CROP = 256 / 224     # shorter side to crop where validation reads the pictures of random areas (Sec. 3.1's S)
 
 # What a stage's table says of itself; all its other keys take the place of a key of [net], [data], [augment] or [train].
