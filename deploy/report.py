@@ -205,6 +205,7 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         schedule=schedule,
         others=others,
         stages=stages,
+        steered=[stage.name for stage in stages if steered(store, stage.entry["key"])],
         finished=[stage for stage in stages if stage.result],
         chosen=chosen,
         manifest=manifest,
@@ -227,6 +228,13 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         most_cells=MOST_CELLS,
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
+
+
+def steered(store: Path, key: str) -> bool:
+    """Whether val steers the learning rate of a stage."""
+    about = read_json(store / "stages" / key / "stage.json")
+    settings = about.get("stage", {}) if isinstance(about, dict) else {}
+    return bool(settings) and (settings.get("fit", "sgd"), settings.get("rule", "plateau")) == ("sgd", "plateau")
 
 
 def new_classes(schedule: Mapping[str, Any], chosen: StageView | None) -> list[str]:
