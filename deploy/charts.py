@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from deploy.own_output import CREATOR
+
 HistoryRow = Mapping[str, Any]
 
 # Okabe and Ito's palette: told apart with any of the common colour blindnesses; lines differ in dash and marker too.
@@ -208,7 +210,7 @@ def png(figure: Figure) -> bytes:
     """The figure as PNG on white."""
     out = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(out, metadata={"Software": CREATOR})
     return out.getvalue()
 
 

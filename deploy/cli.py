@@ -16,6 +16,10 @@ import click
 
 from deploy import cli_features, cli_init, cli_jobs, cli_machine, cli_models, cli_retrain, cli_weights
 from deploy.options import (
+    MOST_CLASSES,
+    MOST_PICTURES,
+    FiniteRange,
+    Scales,
     WorkerRange,
     command_name,
     json_option,
@@ -27,6 +31,7 @@ from deploy.options import (
 )
 from training.worker_count import WorkerCount
 from vggcore.errors import VggrowError
+from vggcore.recipe_checks import LARGEST_SIDE
 
 if TYPE_CHECKING:
     from training.store import Store
@@ -88,8 +93,12 @@ def scan(source: Path, store: str, as_json: bool) -> None:
 @vggrow.command()
 @click.argument("recipe", type=RECIPE)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers to plan for.")
-@click.option("--pictures", type=click.IntRange(1), help="Training pictures to plan for, before a scan.")
-@click.option("--classes", type=click.IntRange(2), help="Classes to plan for, before a scan.  [default: 1000; 2 for elpv]")
+@click.option("--pictures", type=click.IntRange(1, MOST_PICTURES), help="Training pictures to plan for, before a scan.")
+@click.option(
+    "--classes",
+    type=click.IntRange(2, MOST_CLASSES),
+    help="Classes to plan for, before a scan.  [default: 1000; 2 for elpv]",
+)
 @store_option
 @json_option
 def plan(recipe: Path, workers: int, pictures: int | None, classes: int | None, store: str, as_json: bool) -> None:
@@ -134,7 +143,7 @@ def plan(recipe: Path, workers: int, pictures: int | None, classes: int | None, 
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where torch finds a GPU here, else cpu]")
 @click.option(
     "--cache-gib",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=2.0,
     show_default=True,
     help="Sets whose decoded pictures take no more are kept decoded in the store; 0: none.",
@@ -250,7 +259,12 @@ def tracking_of(model: str, tracking: str | None, store: Path) -> str:
 )
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
 @click.option("--protocol", type=click.Choice(["centre", "dense"]), help="[default: the model's own]")
-@click.option("--scales", metavar="Q,Q,...", help="Test scales, pixels of the shorter side.  [default: the model's own]")
+@click.option(
+    "--scales",
+    type=Scales(ascending=False),
+    metavar="Q,Q,...",
+    help="Test scales, pixels of the shorter side.  [default: the model's own]",
+)
 @click.option(
     "--views",
     type=click.Choice(["none", "flips", "turns"]),
@@ -265,7 +279,7 @@ def evaluate(
     source: Path | None,
     split: str,
     protocol: Literal["centre", "dense"] | None,
-    scales: str | None,
+    scales: tuple[int, ...] | None,
     views: Literal["none", "flips", "turns"] | None,
     device: str,
     store: str,
@@ -281,7 +295,7 @@ def evaluate(
         vggrow evaluate models:/elpv@champion
         vggrow evaluate D-64 --protocol centre --scales 64 --views flips
     """
-    test_scales, opened = parse_scales(scales), reading(store, tracking)
+    opened = reading(store, tracking)
     uri = tracking_of(model, tracking, opened.root)
     from deploy.judge import evaluation_text, judge
 
@@ -290,7 +304,7 @@ def evaluate(
         source=source,
         split=split,
         protocol=protocol,
-        scales=test_scales,
+        scales=scales,
         views=views,
         device=device,
         store=opened,
@@ -300,17 +314,6 @@ def evaluate(
         print_json(found)
     else:
         click.echo(evaluation_text(found))
-
-
-def parse_scales(text: str | None) -> tuple[int, ...] | None:
-    """'256,384,512' as numbers."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        wanted = f"{text!r}: wanted whole numbers with commas, such as 256,384,512"
-        raise click.BadParameter(wanted, param_hint="--scales") from None
 
 
 @vggrow.command()
@@ -344,10 +347,10 @@ def predict(model: str, pictures: tuple[Path, ...], top_k: int, store: str, trac
 
 @vggrow.command()
 @click.argument("net", metavar="NET|weights:NAME")
-@click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
+@click.option("--classes", type=click.IntRange(2, MOST_CLASSES), default=1000, show_default=True)
 @click.option("--head", type=click.Choice(["paper", "compact"]), default="paper", show_default=True)
-@click.option("--width", type=click.FloatRange(0, 4, min_open=True), default=1.0, show_default=True)
-@click.option("--crop", type=click.IntRange(32), default=224, show_default=True, help="Pixels, a multiple of 32.")
+@click.option("--width", type=FiniteRange(0, 4, min_open=True), default=1.0, show_default=True)
+@click.option("--crop", type=click.IntRange(32, LARGEST_SIDE), default=224, show_default=True, help="Pixels, a multiple of 32.")
 @store_option
 @json_option
 @click.pass_context

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from deploy.options import json_option, print_json, store_option, tracking_option
+from deploy.options import Scales, json_option, print_json, store_option, tracking_option
 
 FC = "fc"
 
@@ -28,20 +28,6 @@ class Groups(click.ParamType[tuple[int, ...] | str]):
         numbers = [int(part) for part in parts if part in {"1", "2", "3", "4", "5"}]
         if len(numbers) != len(parts) or numbers != sorted(set(numbers)):
             self.fail(f"{value!r}: expected conv groups 1 to 5, ascending, with commas, such as 3,4; or fc", param, ctx)
-        return tuple(numbers)
-
-
-class Scales(click.ParamType[tuple[int, ...]]):
-    """'96,160'."""
-
-    name = "scales"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Ascending numbers of pixels."""
-        parts = str(value).split(",")
-        numbers = [int(part) for part in parts if part.isdecimal() and int(part) > 0]
-        if len(numbers) != len(parts) or numbers != sorted(set(numbers)):
-            self.fail(f"{value!r}: expected numbers of pixels, ascending, with commas, such as 96,160", param, ctx)
         return tuple(numbers)
 
 

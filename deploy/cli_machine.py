@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deploy.options import json_option, print_json, store_option, tracking_option
+from deploy.options import FiniteRange, json_option, print_json, store_option, tracking_option
 
 if TYPE_CHECKING:
     from vggcore.recipe import Recipe
@@ -36,7 +36,7 @@ def bench() -> None:
 @click.option("--batch", type=click.IntRange(1), help="Pictures an iteration.  [default: the recipe's global_batch]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads, of torch and of each loader.  [default: all cores]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each figure in each turn.")
+@click.option("--seconds", type=FiniteRange(0.1), default=10.0, show_default=True, help="Of each figure in each turn.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="The median of so many counts.")
 @store_option
 @json_option

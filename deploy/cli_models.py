@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from deploy.options import json_option, store_option, tracking_option
+from deploy.options import FiniteRange, json_option, store_option, tracking_option
 
 REFUSED_EXIT = 3
 
@@ -31,7 +31,7 @@ def gate_options(command: Any) -> Any:
             ),
             click.option(
                 "--alpha",
-                type=click.FloatRange(0, 0.5, min_open=True),
+                type=FiniteRange(0, 0.5, min_open=True),
                 default=0.05,
                 show_default=True,
                 help="Chance that a model no better is promoted, over all planned uses of one gate list.",
@@ -45,22 +45,22 @@ def gate_options(command: Any) -> Any:
             ),
             click.option(
                 "--min-gain",
-                type=click.FloatRange(0, 1, max_open=True),
+                type=FiniteRange(0, 1, max_open=True),
                 default=0.0,
                 show_default=True,
                 help="What the gain's lower bound must exceed, 0..1.",
             ),
             click.option(
                 "--max-class-drop",
-                type=click.FloatRange(0, 1),
+                type=FiniteRange(0, 1),
                 default=0.05,
                 show_default=True,
                 help="How far a class's recall may fall, 0..1.",
             ),
-            click.option("--max-size-mib", type=click.FloatRange(0, min_open=True), help="Weights, MiB.  [default: any]"),
+            click.option("--max-size-mib", type=FiniteRange(0, min_open=True), help="Weights, MiB.  [default: any]"),
             click.option(
                 "--max-latency-ms",
-                type=click.FloatRange(0, min_open=True),
+                type=FiniteRange(0, min_open=True),
                 help="From a picture's file to the answer on this machine's CPU, ms.  [default: any]",
             ),
         ]
@@ -167,15 +167,16 @@ def compare(
     from deploy.contenders import compare as compare_models
     from deploy.decision_page import decision_text
     from deploy.gate_chart import decision_figure
-    from vggcore.errors import StoreError
+    from deploy.own_output import check_figure
+    from vggcore.whole_file import whole_file
 
+    if out is not None:
+        check_figure(out)
     with server_may_go(client.tracking_uri):
         decision = compare_models(client, store=found, a=a, b=b, rules=rules)
     if out is not None:
-        try:
-            out.write_bytes(decision_figure(decision))
-        except OSError as error:
-            raise StoreError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
+        with whole_file(out) as part:
+            part.write_bytes(decision_figure(decision))
     told = decision.to_json()
     click.echo(json.dumps(told, indent=2, ensure_ascii=False) if as_json else decision_text(told))
 
@@ -185,7 +186,7 @@ def compare(
 @gate_options
 @click.option(
     "--floor",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Test top-1, 0..1, that a first version must reach where there is no champion.",

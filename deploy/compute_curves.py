@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deploy.charts import DPI, STYLE, HistoryRow, finite
+from deploy.own_output import CREATOR, check_figure
 from deploy.plan_table import aligned, number
 from deploy.report import find_schedule
 from pipelines.manifest import Manifest, read_manifest
@@ -71,6 +72,7 @@ class Comparison:
     curves: tuple[Curve, ...]                  # in the recipe's order, then by seed
     uniform_loss: float                        # ln(classes): every class equally likely
     shares_loss: float                         # entropy of the training set's class shares
+    left_out: tuple[str, ...] = ()             # logistic fits: they have no epochs, and so no curve
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -105,6 +107,10 @@ def compare(store: Path, wanted: Sequence[str]) -> Comparison:
             curve = read_curve(store, entry, schedule, cost)
             if curve is not None:
                 found.setdefault(curve.key, curve)
+    if not found and all(is_fit(store, entry) for schedule in chosen for entry in schedule["stages"]):
+        raise StoreError(
+            f"{store}: the stages of {chosen[0]['name']} are logistic fits, which have no epochs to draw; see vggrow report"
+        )
     if not found:
         raise StoreError(f"{store}: no stage of {chosen[0]['name']} has finished an epoch yet; let `vggrow train` go on")
     order = list(dict.fromkeys(entry["name"] for schedule in chosen for entry in schedule["stages"]))
@@ -116,7 +122,14 @@ def compare(store: Path, wanted: Sequence[str]) -> Comparison:
         curves=tuple(sorted(found.values(), key=lambda curve: (order.index(curve.stage), curve.seed, curve.key))),
         uniform_loss=math.log(len(manifest.classes)),
         shares_loss=-sum(share * math.log(share) for share in shares),
+        left_out=tuple(dict.fromkeys(entry["name"] for one in chosen for entry in one["stages"] if is_fit(store, entry))),
     )
+
+
+def is_fit(store: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a stage of a schedule is a logistic fit."""
+    about = read_json(store / "stages" / entry["key"] / "stage.json")
+    return isinstance(about, dict) and about.get("stage", {}).get("fit") == "logistic"
 
 
 def read_curve(store: Path, entry: Mapping[str, Any], schedule: Mapping[str, Any], cost: "Cost") -> Curve | None:
@@ -211,6 +224,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
     return {
         "uniform_loss": found.uniform_loss,
         "class_shares_loss": found.shares_loss,
+        "left_out": list(found.left_out),
         "stages": [
             {
                 "stage": stage,
@@ -259,8 +273,20 @@ def comparison_text(found: Comparison) -> str:
             f"note: mean ± standard deviation over seeds; {unit} are of training, those of the stages it starts from included",
             f"note: a net that looks at no picture has a loss of {found.uniform_loss:.3f} (all classes alike) or"
             f" {found.shares_loss:.3f} (the classes' shares)",
+            *left_out_notes(found),
         ]
     )
+
+
+def left_out_notes(found: Comparison) -> list[str]:
+    """Which stages have no curve, and where their figures are."""
+    if not found.left_out:
+        return []
+    have = "has" if len(found.left_out) == 1 else "have"
+    return [
+        f"note: {', '.join(found.left_out)} {have} no curve, being fitted without epochs (fit = \"logistic\"); figures:"
+        " vggrow report, vggrow evaluate STAGE"
+    ]
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
@@ -282,17 +308,15 @@ def write_figure(found: Comparison, out: Path) -> None:
     """Draws the comparison into `out`, whole or not at all. Raises StoreError for a name that is neither SVG nor PNG."""
     if out.suffix not in FORMATS:
         raise StoreError(f"{out}: no name of a figure; wanted one that ends in {' or '.join(FORMATS)}")
+    check_figure(out)
     figure, content = draw_comparison(found), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         if out.suffix == ".svg":
-            figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(content, format="svg", metadata={"Date": None, "Creator": CREATOR})
         else:
-            FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    try:
-        with whole_file(out) as part:
-            part.write_bytes(content.getvalue())
-    except OSError as error:
-        raise StoreError(f"{out}: cannot be written ({error.strerror}); name another file") from error
+            FigureCanvasAgg(figure).print_png(content, metadata={"Software": CREATOR})
+    with whole_file(out) as part:
+        part.write_bytes(content.getvalue())
 
 
 def draw_comparison(found: Comparison) -> Figure:

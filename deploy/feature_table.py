@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from deploy.own_output import check_features
 from deploy.predict import Predictor, open_model
 from deploy.scans import scan_data
 from pipelines.manifest import HEADER
@@ -37,7 +38,7 @@ from vggcore.errors import RecipeError, StoreError
 from vggcore.recipe import GATE, Data, Features, Pool, load_recipe
 from vggcore.schedule import Stage
 from vggcore.weights import save_weights
-from vggcore.whole_file import refusal, whole_file
+from vggcore.whole_file import whole_file
 
 PUBLISHED_SCALE = 224      # shorter side Q of published weights where none is given: what they were trained on
 
@@ -110,22 +111,26 @@ def write_features(
 
 
 def check_out(out: Path) -> None:
-    """StoreError where the file could not be written: it is better known before the work."""
-    if out.absolute().parent.is_dir() and not os.access(out.absolute().parent, os.W_OK):
-        raise StoreError(f"--out {out}: nothing may be written in {out.absolute().parent}; expected a folder of yours")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        what = "is a folder" if out.is_dir() else f"has no folder {out.absolute().parent}"
+    """StoreError where the file could not be written, or is something else: it is better known before the work."""
+    folder = out.absolute().parent
+    is_folder, has_folder = map(os.path.isdir, (out, folder))      # of a Path, a name too long would be an error
+    if has_folder and not os.access(folder, os.W_OK):
+        raise StoreError(f"--out {out}: nothing may be written in {folder}; expected a folder of yours")
+    if is_folder or not has_folder:
+        what = "is a folder" if is_folder else f"has no folder {folder}"
         raise StoreError(f"--out {out}: {what}; expected the path of a file to write, such as features.parquet")
+    check_features(out)
 
 
 @contextmanager
 def opened(what: str, store: Store, tracking: str) -> Iterator[tuple[FeatureSource, Stage | None]]:
     """The weights that features come from, and the stage's settings where it is a model of ours."""
     name = what.removeprefix("weights:")
-    if what.startswith("weights:") or any(record.name == name for record in list_weights(store)):
+    published = [record.name for record in list_weights(store)]
+    if what.startswith("weights:") or name in published:
         yield published_source(store, name), None
         return
-    predictor = open_model(what, store=store.root, tracking=tracking)
+    predictor = open_model(what, store=store.root, tracking=tracking, known=published)
     stage = Stage.model_validate_json(json.dumps(predictor.description["stage"]))
     # Every worker must see the weights, which may lie in a registry: a copy in the store for this command alone.
     scratch = store.scratch / f"features-{secrets.token_hex(8)}.safetensors"
@@ -174,6 +179,5 @@ def write_table(out: Path, table: pa.Table, found: Found, spec: FeatureSpec, *, 
     try:
         with whole_file(out) as part:
             pq.write_table(with_spec, part)
-    except (OSError, pa.ArrowException) as error:
-        reason = refusal(out, error) if isinstance(error, OSError) else f"{out}: cannot be written ({error})"
-        raise StoreError(reason) from error
+    except pa.ArrowException as error:
+        raise StoreError(f"{out}: cannot be written ({error}); name another file") from error

@@ -11,10 +11,10 @@ import jinja2
 from deploy.decision_history import history
 from deploy.gate import bare
 from deploy.gate_classes import new_class_text
+from deploy.own_output import check_page
 from deploy.pipeline_file import Pipeline
 from deploy.ticks import PROMOTED, REFUSED, STEPS, STOPPED, UNCHANGED, WAITS, Tick, ticks_name
 from training.store import Store
-from vggcore.errors import StoreError
 from vggcore.recipe import load_recipe
 from vggcore.whole_file import write_text
 
@@ -109,6 +109,7 @@ def write_page(pipeline: Pipeline, ticks: Sequence[Tick], decisions: Sequence[di
 
     decisions: those taken by hand, see by_hand.
     """
+    check_page(out)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deploy", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -132,10 +133,7 @@ def write_page(pipeline: Pipeline, ticks: Sequence[Tick], decisions: Sequence[di
         steps=STEPS,
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    try:
-        write_text(out, page)
-    except OSError as error:
-        raise StoreError(f"{out}: cannot be written ({error.strerror}); name another file") from error
+    write_text(out, page)
 
 
 def history_text(ticks: Sequence[Tick], decisions: Sequence[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The options that many commands have, and how they print JSON."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -13,6 +14,11 @@ import click
 
 from training.store import DEFAULT_STORE
 from training.worker_count import WorkerCount, read_workers
+from vggcore.recipe_checks import LARGEST_SIDE
+
+MOST_CLASSES = 100_000      # of a net that is planned or summarised
+MOST_PICTURES = 10**9
+DIGITS = 7                  # of a number of pixels, and more than any has
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,6 +40,38 @@ class WorkerRange(click.ParamType[WorkerCount]):
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """What the help shows."""
         return "N|MIN:MAX"
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers that nan, which is above and below nothing, and inf are not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}", param, ctx)
+        return number
+
+
+class Scales(click.ParamType[tuple[int, ...]]):
+    """'96,160'; other than `ascending` in any order."""
+
+    name = "scales"
+
+    def __init__(self, *, ascending: bool = True) -> None:
+        """ascending: refuse another order."""
+        self.ascending = ascending
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Numbers of pixels, each once."""
+        parts = [part.strip() for part in str(value).split(",")]
+        numbers = [int(part) for part in parts if part.isdecimal() and len(part) < DIGITS and 0 < int(part) <= LARGEST_SIDE]
+        order = sorted(set(numbers)) if self.ascending else list(dict.fromkeys(numbers))
+        if len(numbers) != len(parts) or numbers != order:
+            how = "ascending" if self.ascending else "each once"
+            wanted = f"expected numbers of pixels up to {LARGEST_SIDE:,}, {how}, with commas, such as 96,160"
+            self.fail(f"{value!r}: {wanted}", param, ctx)
+        return tuple(numbers)
 
 
 def store_option(command: Command) -> Command:
@@ -64,7 +102,7 @@ def stall_option(command: Command) -> Command:
     """--stall-limit, for workers that hang."""
     return click.option(
         "--stall-limit",
-        type=click.FloatRange(1),
+        type=FiniteRange(1),
         default=600.0,
         show_default=True,
         metavar="SECONDS",

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from deploy.tracking_address import shown
 from training.worker_count import WorkerCount, read_workers
@@ -20,13 +19,11 @@ from vggcore.recipe import (
     Positive,
     Recipe,
     array,
-    describe,
-    nearest,
     parse_toml,
-    place_name,
     read_words,
 )
 from vggcore.recipe_checks import registrable, stage_settings
+from vggcore.recipe_words import complaints
 
 if TYPE_CHECKING:
     from deploy.gate import GateRules
@@ -39,7 +36,7 @@ SQLITE = "sqlite:///"
 
 def parse_age(text: str) -> timedelta:
     """'30d', '12h', '90min' or '45s' as a time; ValueError for anything else."""
-    found = re.fullmatch(r"(\d+)\s*(s|min|h|d)", text.strip())
+    found = re.fullmatch(r"(\d{1,6})\s*(s|min|h|d)", text.strip())
     if not found or int(found[1]) == 0:
         raise ValueError(f"found {text!r}, wanted a time such as '30d', '12h', '90min' or '45s'")
     return timedelta(**{UNITS[found[2]]: int(found[1])})
@@ -201,16 +198,6 @@ class Pipeline(Frozen):
     notify: Notify | None = None
 
 
-TABLES: dict[str, type[BaseModel]] = {
-    "watch": Watch,
-    "timetable": Timetable,
-    "start": Start,
-    "gate": Gate,
-    "run": Run,
-    "notify": Notify,
-}
-
-
 def load_pipeline(path: Path) -> Pipeline:
     """Reads and checks the pipeline file at `path`; relative paths in it count from its own folder.
 
@@ -220,7 +207,7 @@ def load_pipeline(path: Path) -> Pipeline:
     try:
         pipeline = Pipeline.model_validate(tables)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {'; '.join(complaint(detail, tables) for detail in error.errors())}") from error
+        raise RecipeError(f"{path}: {complaints(error, tables, Pipeline)}") from error
     try:
         pipeline.gate.rules()
     except RecipeError as error:
@@ -259,17 +246,3 @@ def with_absolute_paths(pipeline: Pipeline, folder: Path) -> Pipeline:
             "run": run.model_copy(update={"store": absolute(run.store), "tracking": tracking}),
         }
     )
-
-
-def complaint(detail: ErrorDetails, tables: dict[str, Any]) -> str:
-    """One pydantic complaint in the recipe's words; an unknown key names the nearest of this file's own."""
-    at = detail["loc"]
-    if detail["type"] != "extra_forbidden":
-        return describe(detail, tables)
-    return f"{place_name(at[:-1], tables)}unknown key {str(at[-1])!r}{nearest(str(at[-1]), known_keys(at[:-1]))}"
-
-
-def known_keys(at: tuple[int | str, ...]) -> list[str]:
-    """The keys that the table at this place may have."""
-    model = TABLES[str(at[0])] if at else Pipeline
-    return list(model.model_fields)

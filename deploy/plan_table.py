@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.plan_notes import largest_share, scale_notes, span, standing_notes
 from pipelines.manifest import Manifest
-from pipelines.plan import batches_per_epoch, share
+from pipelines.plan import batches_per_epoch
+from pipelines.sources import counted
 from training.checkpoint import room_for_checkpoints
 from training.features.batches import BATCH_PIXELS
 from training.features.cost import feature_macs
 from training.freezing import frozen_layers, usual_macs
 from training.losses import check_class_weights
 from training.optimise import moments
-from training.parents import check_parents, known_order, settle
+from training.parents import check_named, check_parents, known_order, settle
 from training.store import Store
 from vggcore.class_order import spoken_classes
 from vggcore.errors import RecipeError
@@ -29,7 +31,6 @@ FLOAT_BYTES = 4
 POOL_INDEX_BYTES = 8      # max pooling remembers where each maximum was, as int64
 LRN_COPIES = 5            # what torch's LocalResponseNorm keeps for backward, in copies of its output (measured)
 CLASSES_OF_THE_PAPER = 1000
-WORKER_GIB = 0.9          # a Ray worker with torch and DALI, before the net (650 to 860 MB were measured)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class StagePlan:
     key: str | None
     status: str                          # "done" | "begun" | "to do" | "unknown"
     reason: str                          # why, in a few words
+    global_batch: int                    # pictures an iteration; 0: a logistic fit
     max_epochs: int                      # 0: a logistic fit, which sees each picture once
     max_iterations: int | None
     parameters: int
@@ -66,7 +68,7 @@ class Plan:
     classes: int
     train_pictures: int | None
     fingerprint: str | None
-    global_batch: int
+    global_batch: int                    # of [train]; a stage may have another
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
 
@@ -114,7 +116,7 @@ def plan(
         fingerprint=manifest.fingerprint if manifest else None,
         global_batch=recipe.train.global_batch,
         stages=tuple(rows),
-        notes=tuple(notes + standing_notes(recipe, workers) + [disk_note(rows)]),
+        notes=tuple(notes + standing_notes(stages, workers) + scale_notes(stages, Store(store)) + [disk_note(rows)]),
     )
 
 
@@ -126,6 +128,7 @@ def with_origins(
     Raises StoreError and RecipeError for parents that are absent or do not fit, as `vggrow train` would.
     """
     if manifest is None and any(stored_key(stage.init_from) for stage in stages):
+        check_named(stages, store)
         return stages, {}
     settled = settle(stages, store, manifest.fingerprint if manifest else "")
     if manifest is not None:
@@ -145,18 +148,6 @@ def classes_known(recipe: Recipe, manifest: Manifest | None, classes: int | None
         return 2, [f"the pictures have not been scanned into this store yet: {scan}"]
     return CLASSES_OF_THE_PAPER, [
         f"the pictures have not been scanned into this store yet, so sizes are for {CLASSES_OF_THE_PAPER:,} classes: {scan}"
-    ]
-
-
-def standing_notes(recipe: Recipe, workers: int) -> list[str]:
-    """How the estimates are meant."""
-    batch = largest_share(recipe.train.global_batch, workers)
-    memory = f"memory is an estimate for {batch} pictures a worker"
-    if 0 < recipe.train.micro_batch < batch:
-        memory += f", {recipe.train.micro_batch} at a time"
-    return [
-        f"{memory}; a Ray worker itself takes about {WORKER_GIB} GiB more",
-        "epochs, iterations and operations are at most: the plateau rule may end a stage earlier",
     ]
 
 
@@ -192,6 +183,7 @@ def stage_plan(
         key=key,
         status=status,
         reason=reason,
+        global_batch=0 if logistic else stage.global_batch,
         max_epochs=epochs,
         max_iterations=epochs * batches_per_epoch(pictures, stage.global_batch) if pictures else None,
         parameters=parameters,
@@ -243,11 +235,6 @@ def activation_bytes(stage: Stage) -> int:
     return 2 if stage.precision == "bf16" else FLOAT_BYTES
 
 
-def largest_share(global_batch: int, workers: int) -> int:
-    """Pictures an iteration of the worker that has most of them; rank 0 always does or ties."""
-    return max(stop - start for start, stop in (share(global_batch, rank, workers) for rank in range(workers)))
-
-
 def status_of(stage: Stage, keys: dict[str, str], store: Path, earlier: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """Whether the stage is done by its key, and why it would run when it is not."""
     if stage.name not in keys:
@@ -259,7 +246,7 @@ def status_of(stage: Stage, keys: dict[str, str], store: Path, earlier: Sequence
     if begun:
         return "begun", f"goes on from iteration {begun[-1]}"
     parent = parent_key(stage, keys)
-    if parent and not (store / "stages" / parent / "result.json").exists():
+    if parent and not parent.startswith("weights:") and not (store / "stages" / parent / "result.json").exists():
         same = changed_since(stage, earlier)
         return "to do", f"after {stage.init_from}" + (f"; {same}" if same else "")
     return "to do", changed_since(stage, earlier) or "never run"
@@ -302,8 +289,8 @@ def changed_since(stage: Stage, earlier: Sequence[dict[str, Any]]) -> str:
 def plan_text(found: Plan) -> str:
     """The plan for a terminal: a line a stage, a line a net, what is to run in all, and notes."""
     data = f"{found.train_pictures:,} training pictures, " if found.train_pictures is not None else ""
-    workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
-    head = f"{found.recipe}: {len(found.stages)} stages, {data}{found.classes:,} classes, {workers}"
+    workers = counted(found.workers, "worker")
+    head = f"{found.recipe}: {counted(len(found.stages), 'stage')}, {data}{found.classes:,} classes, {workers}"
     stages = aligned(
         ("stage", "net", "S", "from", "epochs", "iterations", "PFLOP", "status"),
         [stage_cells(stage) for stage in found.stages],
@@ -316,13 +303,14 @@ def plan_text(found: Plan) -> str:
     )
     to_run = [stage for stage in found.stages if stage.status != "done"]
     starts = [origin_line(stage) for stage in found.stages if stage.init_from and stage.layers]
-    batch = f", global batch {found.global_batch}" if any(stage.max_epochs for stage in found.stages) else ""
+    batches = span(stage.global_batch for stage in found.stages if stage.max_epochs)
+    batch = f", global batch {batches}" if batches else ""
     lines = [f"{head}{batch}", "", *stages, "", *sizes, ""]
     if starts:
         lines += ["first weights:", *starts, ""]
     if found.train_pictures is not None:
         total = sum(stage.max_pflop or 0 for stage in to_run)
-        lines.append(f"{len(to_run)} of {len(found.stages)} stages to run, {number(total)} PFLOP at most")
+        lines.append(f"{len(to_run)} of {counted(len(found.stages), 'stage')} to run, {number(total)} PFLOP at most")
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 

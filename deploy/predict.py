@@ -82,11 +82,12 @@ class Direct:
         return cast(pd.DataFrame, self.python_model.predict(self.context, table, params))
 
 
-def open_model(model: str, *, store: Path, tracking: str) -> Predictor:
+def open_model(model: str, *, store: Path, tracking: str, known: Sequence[str] = ()) -> Predictor:
     """Opens MODEL: models:/name@alias, models:/name/version, runs:/<run id>[/path], a folder, or a stage of the store.
 
     A folder holds a package or an MLflow model. A stage is named as in its recipe, or by its key. The tracking server
-    is asked only for the first two, and first whether it answers. Raises RegistryError for what is not there.
+    is asked only for the first two, and first whether it answers. Raises RegistryError for what is not there; `known` are
+    names of something else that could have been meant.
     """
     if model.startswith(("models:", "runs:")):
         check_tracking(tracking)
@@ -103,7 +104,7 @@ def open_model(model: str, *, store: Path, tracking: str) -> Predictor:
         return open_stage(model, stage, store)
     if folder.is_dir():
         raise RegistryError(f"{model}: a folder without {MODEL_FILE} or MLmodel; name the folder of a package or model")
-    raise RegistryError(f"{model}: no such model{stage_hint(model, store)}")
+    raise RegistryError(f"{model}: no such model{stage_hint(model, store, known)}")
 
 
 def open_registered(model: str, tracking: str) -> Predictor:
@@ -211,9 +212,9 @@ def find_stage(name: str, store: Path) -> tuple[Path, dict[str, Any]] | None:
     return found[0] if found else None
 
 
-def stage_hint(name: str, store: Path) -> str:
+def stage_hint(name: str, store: Path, known: Sequence[str]) -> str:
     """What could have been meant, for an error's end."""
-    names = sorted({about["name"] for _, about in stages_in(store)})
+    names = sorted({about["name"] for _, about in stages_in(store)} | set(known))
     if not names:
         return f"; wanted models:/name@alias, runs:/..., a folder, or a stage of {store}, which has none finished"
     return nearest(name, names)
@@ -258,6 +259,10 @@ def check_classes(model_classes: Sequence[str], data_classes: Sequence[str]) -> 
     absent = [name for name in model_classes if name not in data_classes]
     unknown = [name for name in data_classes if name not in model_classes]
     if absent or unknown:
-        parts = [f"the model's {', '.join(map(repr, absent))} has no pictures"] if absent else []
+        have = "has" if len(absent) == 1 else "have"
+        parts = [f"the model's {', '.join(map(repr, absent))} {have} no pictures"] if absent else []
         parts += [f"the model does not know {', '.join(map(repr, unknown))}"] if unknown else []
-        raise DatasetError(f"classes of model and pictures differ: {'; '.join(parts)}; choose pictures of its classes")
+        raise DatasetError(
+            f"classes of model and pictures differ: {'; '.join(parts)}; expected pictures of each of its classes and of no"
+            " other, a folder a class"
+        )

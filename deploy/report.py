@@ -5,6 +5,7 @@ import hashlib
 import html
 import importlib.metadata
 import io
+import os
 import platform
 import shlex
 import time
@@ -25,6 +26,7 @@ from deploy import charts
 from deploy.decision_history import last_decisions
 from deploy.doctor import without_secrets
 from deploy.gate_classes import new_class_figures, new_class_text
+from deploy.own_output import check_page
 from deploy.yardsticks import (
     BOOTSTRAP_SEED,
     Measured,
@@ -134,16 +136,15 @@ def write_report(store: Path, schedule_key: str | None, out: Path | None = None)
     The page needs no network and no other file. What the store lacks (a stage that has not finished, a picture that was
     moved) is said on the page. Raises StoreError for no store, no schedule, no such schedule, or an `out` that is a folder.
     """
-    if out is not None and out.is_dir():
+    if out is not None and os.path.isdir(out):  # noqa: PTH112 (a name too long is no folder, and no error yet)
         raise StoreError(f"{out}: a folder, wanted the name of the page to write, such as {out / 'report.html'}")
+    if out is not None:
+        check_page(out)
     schedule, others = find_schedule(store, schedule_key)
     if out is None:
         out = store / "schedules" / schedule["key"] / "report.html"
     page = render(store.absolute(), schedule, others)
-    try:
-        write_text(out, page)
-    except OSError as error:
-        raise StoreError(f"{out}: cannot be written ({error.strerror}); name another file") from error
+    write_text(out, page)
     return out
 
 
@@ -204,6 +205,7 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         schedule=schedule,
         others=others,
         stages=stages,
+        steered=[stage.name for stage in stages if steered(store, stage.entry["key"])],
         finished=[stage for stage in stages if stage.result],
         chosen=chosen,
         manifest=manifest,
@@ -226,6 +228,13 @@ def render(store: Path, schedule: Mapping[str, Any], others: Sequence[Mapping[st
         most_cells=MOST_CELLS,
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
+
+
+def steered(store: Path, key: str) -> bool:
+    """Whether val steers the learning rate of a stage."""
+    about = read_json(store / "stages" / key / "stage.json")
+    settings = about.get("stage", {}) if isinstance(about, dict) else {}
+    return bool(settings) and (settings.get("fit", "sgd"), settings.get("rule", "plateau")) == ("sgd", "plateau")
 
 
 def new_classes(schedule: Mapping[str, Any], chosen: StageView | None) -> list[str]:

@@ -12,10 +12,11 @@ from typing import Any
 from deploy.pipeline_file import load_pipeline
 from deploy.starter_lines import Facts, Setting, Table
 from deploy.starter_rules import UNEVEN
+from pipelines.sources import is_utf8, printable
 from training.store import DEFAULT_STORE
 from vggcore.errors import RecipeError
 from vggcore.recipe import GATE, parse_recipe
-from vggcore.whole_file import write_text
+from vggcore.whole_file import check_target, write_text
 
 WIDTH = 120          # of a line
 LEAST_COLUMN = 28    # where reasons begin
@@ -105,13 +106,16 @@ def check_pipeline_text(text: str, path: Path, recipe: Path) -> None:
 
 
 def check_places(paths: Iterable[Path]) -> None:
-    """Raises RecipeError for a place where no file can be."""
+    """Raises RecipeError for a place where no file can be, StoreError for one that the system refuses."""
     for path in paths:
-        if path.is_dir():
+        if not is_utf8(str(path)):
+            raise RecipeError(f"{printable(path)}: its name is not UTF-8; name another file by --out")
+        if os.path.isdir(path):  # noqa: PTH112 (a name too long is no folder, and no error yet)
             raise RecipeError(f"{path}: is a folder, expected a file's name, such as --out {path / 'recipe.toml'}")
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         if not above.is_dir():
             raise RecipeError(f"{path}: {above} is a file, expected a folder; name another place by --out")
+        check_target(path)
 
 
 def check_free(texts: Mapping[Path, str], *, force: bool) -> None:

@@ -314,7 +314,8 @@ def refuse_too_many(place: str, quarantine: Sequence[Quarantined], files: int, m
         first = "; ".join(f"{bad.path}: {bad.reason}" for bad in quarantine[:3])
         raise DatasetError(
             f"{place}: {len(quarantine):,} of {files:,} files cannot be used, more than {limit:,}"
-            f" (max_bad = {max_bad}): {first}; the list is in {path}: mend or remove them, or raise max_bad"
+            f" (max_bad = {max_bad}): {first}; the list is in {path}: mend or remove them, or allow"
+            " more by [data] max_bad in a recipe (a folder alone is read with the default)"
         )
 
 

@@ -246,8 +246,9 @@ def is_utf8(name: str) -> bool:
 
 
 def printable(path: str | Path) -> str:
-    """A path for a message, with backslashes for bytes that are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path for a message, in one line: with backslashes for bytes that are not UTF-8, and for what is no visible sign."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def spelling(name: str) -> str:

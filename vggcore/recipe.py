@@ -16,12 +16,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from vggcore.errors import RecipeError
-from vggcore.recipe_checks import check_recipe
+from vggcore.recipe_checks import LARGEST_SIDE, check_recipe
 from vggcore.recipe_checks import nearest as nearest
 from vggcore.recipe_checks import stored_key as stored_key
+from vggcore.recipe_words import complaints, shown
 
 NetName = Literal["A", "A-LRN", "B", "C", "D", "E"]
 Head = Literal["paper", "compact", "linear"]
@@ -47,11 +47,15 @@ GATE = "gate"                        # a fourth one, where a recipe asks for it:
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+LARGEST_COUNT = 10**9       # far above any number of pictures, epochs or iterations that a stage can live to see
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+CountOrNone = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]       # 0: none
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+Crop = Annotated[int, Field(ge=32, le=LARGEST_SIDE)]
 Group = Annotated[int, Field(ge=1, le=5)]        # a conv group of Table 1
 Factor = Annotated[float, Field(gt=0, le=1)]
 ClassWeights = Literal["balanced"] | dict[str, Positive]
-ClassWeightsWritten = Literal["balanced", "none"] | dict[str, Positive]     # "none": a shared table's are not for this stage
+LEAST_FACTOR, MOST_FACTOR = 1e-6, 1e6      # of a class's loss: beyond them float32 loses the other classes' gradients
 
 
 def array(value: Any) -> Any:
@@ -68,7 +72,7 @@ def scale_range(value: Any) -> Any:
     raise ValueError(f"found {value!r}, wanted a number of pixels, or two as [low, high]")
 
 
-ScaleRange = Annotated[tuple[Count, Count], BeforeValidator(scale_range)]
+ScaleRange = Annotated[tuple[Side, Side], BeforeValidator(scale_range)]
 
 
 def ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -78,11 +82,37 @@ def ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values, ValueError unless there are some and none stands twice."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"expected one or more, each once, got {list(values)}; remove the key, or what stands twice")
+    return values
+
+
 def interval(values: tuple[float, float]) -> tuple[float, float]:
     """(low, high), ValueError unless 0.01 <= low <= high <= 100."""
     if not 0.01 <= values[0] <= values[1] <= 100:
         raise ValueError(f"found {list(values)}, expected [low, high] with 0.01 <= low <= high <= 100")
     return values
+
+
+def interval_written(value: Any) -> tuple[float, float]:
+    """[low, high] as written in TOML, as a tuple."""
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(part) in (int, float) for part in value):
+        raise ValueError(f"expected [low, high], two numbers, got {shown(value)}")
+    return interval((value[0], value[1]))
+
+
+def class_factors(value: Any) -> Any:
+    """Factors on the losses of classes as written in TOML: "balanced", "none" or a table."""
+    if value in ("balanced", "none"):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f'expected "balanced", "none" or a table such as {{ cat = 1.0, dog = 2.5 }}, got {shown(value)}')
+    for name, factor in value.items():
+        if type(factor) not in (int, float) or not LEAST_FACTOR <= factor <= MOST_FACTOR:
+            raise ValueError(f"expected a number from {LEAST_FACTOR:g} to {MOST_FACTOR:g} for {name!r}, got {shown(factor)}")
+    return value
 
 
 def area_range(value: Any) -> Any:
@@ -97,10 +127,14 @@ def area_range(value: Any) -> Any:
     return (low, high)
 
 
+# "none": a shared table's are not for this stage
+ClassWeightsWritten = Annotated[Literal["balanced", "none"] | dict[str, Positive], BeforeValidator(class_factors)]
 Groups = Annotated[tuple[Group, ...], BeforeValidator(array), AfterValidator(ascending)]
-Scales = Annotated[tuple[Count, ...], BeforeValidator(array), AfterValidator(ascending)]
+Scales = Annotated[tuple[Side, ...], BeforeValidator(array), AfterValidator(ascending)]
+TestScales = Annotated[tuple[Side, ...], BeforeValidator(array), AfterValidator(each_once)]
+Names = Annotated[tuple[str, ...], BeforeValidator(array), AfterValidator(each_once)]
 Area = Annotated[tuple[float, float] | Literal["none"], BeforeValidator(area_range)]
-Interval = Annotated[tuple[float, float], BeforeValidator(array), AfterValidator(interval)]
+Interval = Annotated[tuple[float, float], BeforeValidator(interval_written)]
 
 
 class Frozen(BaseModel):
@@ -118,7 +152,7 @@ class CheckpointEvery(Frozen):
     @classmethod
     def parse(cls, text: str) -> Self:
         """'5min', '30s', '2h' or '500 iterations'; ValueError for anything else."""
-        found = re.fullmatch(r"(\d+)\s*(s|min|h|iterations?)", text.strip())
+        found = re.fullmatch(r"(\d{1,9})\s*(s|min|h|iterations?)", text.strip())
         if not found or int(found[1]) == 0:
             raise ValueError(f"found {text!r}, wanted a time such as '5min', '30s' or '2h', or '500 iterations'")
         number, unit = int(found[1]), found[2]
@@ -224,7 +258,7 @@ class Net(Frozen):
     head: Head = "paper"
     features: Features | None = None                     # of head = "linear"
     width: Annotated[float, Field(gt=0, le=4)] = 1.0     # scales conv channels and hidden FC units
-    crop: Annotated[int, Field(ge=32)] = 224             # pixels; a multiple of 32, for the five poolings
+    crop: Crop = 224             # pixels; a multiple of 32, for the five poolings
     dropout: Share = 0.5
     initialise: Initialise = "paper"
 
@@ -252,20 +286,20 @@ class Train(Frozen):
     learning_rate: Positive = 1e-2
     layer_decay: Factor = 1.0                            # rate of a conv group relative to the group above it
     rule: Rule = "plateau"
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0       # the rate rises linearly from 0 in these
-    drops: Annotated[int, Field(ge=0)] = 3               # of "plateau"
+    warmup_epochs: CountOrNone = 0       # the rate rises linearly from 0 in these
+    drops: CountOrNone = 3               # of "plateau"
     patience: Count = 5                                  # of "plateau"
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0   # of "cosine": where it ends
     max_epochs: Count = 74
     label_smoothing: Share = 0.0
     balance: Annotated[float, Field(ge=0, le=1)] = 0.0   # 0: classes as they come; 1: each class equally often
     class_weights: ClassWeightsWritten | None = None            # factors on the losses; their mean over train is 1
-    average: Annotated[int, Field(ge=0)] = 0             # epochs at the end whose weights are averaged; 0: none
+    average: CountOrNone = 0             # epochs at the end whose weights are averaged; 0: none
     precision: Precision = "fp32"
     channels_last: bool = True
     compile: bool = False
     all_reduce: AllReduce = "fp32"                       # what gradients travel in between workers
-    micro_batch: Annotated[int, Field(ge=0)] = 0         # pictures a forward pass; 0: the worker's whole share
+    micro_batch: CountOrNone = 0         # pictures a forward pass; 0: the worker's whole share
     checkpoint_every: str = "5min"
 
     @field_validator("checkpoint_every")
@@ -284,7 +318,7 @@ class Augment(Frozen):
     quarter_turns: bool = False
     area: Area | None = None                             # share of the picture that a crop covers (Szegedy et al. 2015)
     aspect: Interval | None = None                       # of these crops, width to height; not given: 3/4 to 4/3
-    colour: Annotated[float, Field(ge=0)] = 0.1          # deviation of the three colour strengths (Sec. 3.1)
+    colour: Annotated[float, Field(ge=0, le=100)] = 0.1         # deviation of the three colour strengths (Sec. 3.1)
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0   # alpha of Beta(alpha, alpha) (Zhang et al. 2018); 0: off
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0     # probability of a rectangle at the mean (Zhong et al. 2020)
 
@@ -298,13 +332,13 @@ class StageTable(Frozen):
     init_from: str | None = None                         # a stage's name, "stage:<key>" or "weights:<name>"
     mean: MeanOf | None = None                           # whose mean is subtracted; not given: see docs/reference/recipe.md
     fit: Fit = "sgd"
-    freeze: Annotated[int, Field(ge=0, le=5)] = 0        # conv groups from the bottom that keep their weights
+    freeze: CountOrNone = 0        # conv groups from the bottom that keep their weights
     new_rows: NewRows | None = None                      # of classes that init_from = "stage:<key>" lacks; not given: "means"
     # of [net] and [data]
     head: Head | None = None
     features: Features | None = None
     width: Annotated[float, Field(gt=0, le=4)] | None = None
-    crop: Annotated[int, Field(ge=32)] | None = None
+    crop: Crop | None = None
     dropout: Share | None = None
     initialise: Initialise | None = None                 # of the layers that init_from does not give
     standardise: bool | None = None
@@ -319,15 +353,15 @@ class StageTable(Frozen):
     learning_rate: Positive | None = None
     layer_decay: Factor | None = None
     rule: Rule | None = None
-    warmup_epochs: Annotated[int, Field(ge=0)] | None = None
-    drops: Annotated[int, Field(ge=0)] | None = None
+    warmup_epochs: CountOrNone | None = None
+    drops: CountOrNone | None = None
     patience: Count | None = None
     final_learning_rate: Annotated[float, Field(ge=0)] | None = None
     max_epochs: Count | None = None
     label_smoothing: Share | None = None
     balance: Annotated[float, Field(ge=0, le=1)] | None = None
     class_weights: ClassWeightsWritten | None = None
-    average: Annotated[int, Field(ge=0)] | None = None
+    average: CountOrNone | None = None
     precision: Precision | None = None
 
     @field_validator("crop")
@@ -339,9 +373,9 @@ class StageTable(Frozen):
 class Evaluate(Frozen):
     """What is measured on the test split once the stages are done; no part of any stage's key."""
 
-    stages: Annotated[tuple[str, ...], BeforeValidator(array)] | None = None     # not given: the last stage
+    stages: Names | None = None                          # not given: the last stage
     protocol: Protocol = "dense"                         # linear heads have a protocol of their own, whole pictures
-    scales: Annotated[tuple[Count, ...], BeforeValidator(array)] | None = None   # test scales Q; not given: Sec. 3.2, 4.2
+    scales: TestScales | None = None                     # test scales Q; not given: Sec. 3.2, 4.2
     views: TestViews = "none"                            # mirrored ("flips") and turned views, posteriors averaged
 
 
@@ -413,8 +447,8 @@ def parse_toml(text: str, *, place: str) -> dict[str, Any]:
     """TOML's tables. Raises RecipeError, with the place."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{place}: not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:      # ValueError: also a number of more digits than Python reads
+        raise RecipeError(f"{place}: not TOML: {str(error).partition(chr(10))[0]}") from error
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -431,51 +465,8 @@ def parse_recipe(text: str, *, place: str, folder: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
-        raise RecipeError(f"{place}: {'; '.join(describe(detail, tables) for detail in error.errors())}") from error
+        raise RecipeError(f"{place}: {complaints(error, tables, Recipe)}") from error
     if recipe.data.root is None:
         return recipe
     root = (folder / recipe.data.root.expanduser()).absolute()
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
-
-
-def describe(detail: ErrorDetails, tables: dict[str, Any]) -> str:
-    """One pydantic complaint in our words: the place as it stands in the TOML, then what was found and wanted."""
-    at = tuple(part for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        known = known_keys(at[:-1])
-        return f"{place_name(at[:-1], tables)}unknown key {str(at[-1])!r}{nearest(str(at[-1]), known)}"
-    if detail["type"] == "missing":
-        name = f"[{at[-1]}]" if at == ("data",) else at[-1]
-        return f"{place_name(at[:-1], tables)}{name} is missing"
-    place = place_name(at, tables)
-    if detail["type"] == "value_error":
-        return place + str(detail["ctx"]["error"])
-    if detail["type"] == "string_pattern_mismatch":
-        return f"{place}found {detail['input']!r}, wanted letters, digits, '.', '_' and '-', a letter or digit first"
-    wanted = detail["msg"].removeprefix("Input should be ")
-    return f"{place}found {detail['input']!r}, wanted {wanted}"
-
-
-def place_name(at: tuple[int | str, ...], tables: dict[str, Any]) -> str:
-    """Where in the TOML: "[train] patience: ", "stage 'D-256' scale: "; empty at the top."""
-    if at[:1] == ("stage",) and len(at) > 1 and isinstance(at[1], int):
-        table = tables["stage"][at[1]]
-        name = table.get("name") if isinstance(table, dict) else None
-        first, rest = (f"stage {name!r}" if name else f"[[stage]] number {at[1] + 1}"), at[2:]
-    elif at and isinstance(at[0], str) and isinstance(tables.get(at[0]), dict):
-        first, rest = f"[{at[0]}]", at[1:]
-    else:
-        first, rest = "", at
-    inner = ".".join(str(part) for part in rest if isinstance(part, str))
-    return f"{first} {inner}".strip() + ": " if first or inner else ""
-
-
-def known_keys(at: tuple[int | str, ...]) -> list[str]:
-    """The keys that the table at this place may have."""
-    model: Any = Recipe
-    for part in at:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields["register_" if part == "register" else part]
-        model = StageTable if part == "stage" else field.annotation
-    return ["register" if name == "register_" else name for name in model.model_fields]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 
+LARGEST_SIDE = 16_384           # pixels, of a crop and of a scale
 PICTURE_TO_CROP = 256 / 224     # shorter side to crop where validation reads the pictures of random areas (Sec. 3.1's S)
 
 # What a stage's table says of itself; all its other keys take the place of a key of [net], [data], [augment] or [train].
@@ -89,6 +90,8 @@ def stage_settings(recipe: "Recipe", table: "StageTable") -> dict[str, Any]:
         settings |= {"features": settings["features"] or Features(), "dropout": 0.0}
     else:
         settings["features"] = None
+    if table.fit == "logistic" and settings["head"] != "linear":
+        raise ValueError(f'stage {table.name!r}: fit = "logistic" needs head = "linear", got {settings["head"]!r}')
     scale = settings["scale"] = stage_scale(table, settings)
     features = settings["features"]
     if features is not None and features.scales is None:
@@ -115,6 +118,10 @@ def stage_scale(table: "StageTable", settings: Settings) -> tuple[int, int]:
         return (crop, crop)
     if table.scale is None and features is not None and features.scales:
         return (features.scales[0], features.scales[-1])
+    if table.scale is None and table.fit == "logistic":
+        raise ValueError(
+            f"stage {name!r}: features.scales is missing, the shorter sides of the pictures; set features.scales = [224], say"
+        )
     if table.scale is None:
         raise ValueError(f"stage {name!r}: scale is missing")
     if table.fit == "logistic" and features is not None and features.scales:
@@ -130,6 +137,7 @@ def check_recipe(recipe: "Recipe") -> None:
     for table in tables:
         check_stage(table, stages)
     check_effects(recipe, stages)
+    check_layer_decay(recipe, stages)
     check_circles(tables)
     check_test(recipe, stages)
 
@@ -165,10 +173,10 @@ def check_stage(table: "StageTable", stages: Mapping[str, Settings]) -> None:
     place, stage, parent = f"stage {table.name!r}", stages[table.name], table.init_from
     check_scale(table, stage)
     top = max(stage["features"].groups) if stage["features"] else 5
-    if table.freeze and parent is None:
-        raise ValueError(f"{place}: freeze = {table.freeze}, but without init_from its layers are random; remove freeze")
     if table.freeze > top:
         raise ValueError(f"{place}: freeze = {table.freeze}, but its net ends after group {top}; freeze {top} at most")
+    if table.freeze and parent is None:
+        raise ValueError(f"{place}: freeze = {table.freeze}, but without init_from its layers are random; remove freeze")
     if table.new_rows is not None and stored_key(parent) is None:
         raise ValueError(
             f'{place}: new_rows has no effect without init_from = "stage:<key>": only such a parent can have fewer classes;'
@@ -207,8 +215,6 @@ def check_scale(table: "StageTable", stage: Settings) -> None:
 def check_logistic(table: "StageTable", stage: Settings) -> None:
     """ValueError for what a logistic fit cannot have."""
     place = f"stage {table.name!r}"
-    if stage["head"] != "linear":
-        raise ValueError(f'{place}: fit = "logistic" needs head = "linear", got {stage["head"]!r}')
     if table.init_from is None:
         raise ValueError(
             f'{place}: fit = "logistic" trains the last layer alone and needs init_from for all others, such as'
@@ -287,6 +293,24 @@ def check_effects(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
             used, words = USED[name]
             if not any(used(stage) for stage in stages.values()):
                 raise ValueError(f"[{place}] {name} has no effect {words}; remove it")
+
+
+def decays(stage: Settings) -> bool:
+    """Whether a stage trains a conv group, whose rate layer_decay lowers."""
+    top = max(stage["features"].groups) if stage["features"] else 5
+    return bool(stage["fit"] == "sgd" and stage["freeze"] < top)
+
+
+def check_layer_decay(recipe: "Recipe", stages: Mapping[str, Settings]) -> None:
+    """ValueError for a layer_decay of stages that train no conv group."""
+    for table in recipe.stages:
+        if table.layer_decay not in (None, 1) and not decays(stages[table.name]):
+            raise ValueError(
+                f"stage {table.name!r}: layer_decay has no effect with freeze = {table.freeze}, which leaves no conv group to"
+                " train; remove it"
+            )
+    if recipe.train.layer_decay != 1 and not any(map(decays, stages.values())):
+        raise ValueError("[train] layer_decay has no effect: no stage trains a conv group; remove it")
 
 
 def without_effect(recipe: "Recipe", name: str) -> set[str]:

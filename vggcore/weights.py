@@ -24,7 +24,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
             mode = part.stat().st_mode
             save_file(tensors, part, metadata={"format": "pt"})
             part.chmod(mode)   # safetensors 0.8 leaves 0600, whatever the umask: a shared store's weights for one user
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise StoreError(f"{path}: weights cannot be written ({error}); make room, or use another store") from error
 
 

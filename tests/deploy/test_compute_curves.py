@@ -174,6 +174,40 @@ def test_the_figure_has_a_line_a_seed_and_a_thick_one_a_stage(tmp_path):
     assert drawn == (tmp_path / "b.svg").read_text(encoding="utf-8")      # the same store, the same bytes
 
 
+@pytest.mark.parametrize("name", ["a.svg", "a.png"])
+def test_a_figure_replaces_a_figure_of_ours_and_nothing_else(tmp_path, name):
+    add_schedule(tmp_path, 1, manifest_of())
+    found = compare(tmp_path, [])
+    write_figure(found, tmp_path / name)
+
+    write_figure(found, tmp_path / name)
+    (tmp_path / name).write_bytes(b"a photograph")
+    with pytest.raises(StoreError, match="exists already and is not a figure of vggrow's"):
+        write_figure(found, tmp_path / name)
+
+    assert (tmp_path / name).read_bytes() == b"a photograph"
+
+
+def test_logistic_fits_have_no_curve_and_are_named(tmp_path):
+    key = add_schedule(tmp_path, 1, manifest_of())
+    entries = json.loads((tmp_path / "schedules" / key / "stages.json").read_text())["stages"]
+
+    def fit(entry: dict[str, str]) -> None:
+        folder = tmp_path / "stages" / entry["key"]
+        (folder / "history.jsonl").unlink()
+        record = json.loads((folder / "stage.json").read_text())
+        (folder / "stage.json").write_text(json.dumps(record | {"stage": record["stage"] | {"fit": "logistic"}}))
+
+    fit(entries[2])
+    found = compare(tmp_path, [])
+    assert "note: D-glorot has no curve, being fitted without epochs" in comparison_text(found)
+    assert comparison_json(found)["left_out"] == ["D-glorot"]
+    for entry in entries[:2]:
+        fit(entry)
+    with pytest.raises(StoreError, match="the stages of starts are logistic fits, which have no epochs to draw"):
+        compare(tmp_path, [])
+
+
 @pytest.mark.parametrize(
     ("words", "arguments"),
     [

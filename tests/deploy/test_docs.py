@@ -13,9 +13,9 @@ import pytest
 from pydantic import BaseModel
 
 from deploy.cli import vggrow
-from deploy.pipeline_file import TABLES as TOML_TABLES
 from deploy.pipeline_file import Pipeline, load_pipeline
 from vggcore.recipe import Augment, Data, Evaluate, Features, Net, Recipe, Register, Split, StageTable, Train, parse_recipe
+from vggcore.recipe_words import tables_in
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -31,6 +31,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "[evaluate]": Evaluate,
     "[register]": Register,
 }
+TOML_TABLES = {name: found[0] for name, field in Pipeline.model_fields.items() if (found := tables_in(field.annotation))}
 PIPELINE_TABLES: dict[str, type[BaseModel]] = {"The top": Pipeline}
 PIPELINE_TABLES |= {f"[{name}]": model for name, model in TOML_TABLES.items()}
 KEYS = [("recipe.md", heading, model) for heading, model in TABLES.items()]

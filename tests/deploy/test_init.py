@@ -405,6 +405,10 @@ REFUSED = [
     (pets, {"weights": "weights:keras/vgg16"}, "no store there"),
     (pets, {"out": Path("/")}, "is a folder"),
     (pets, {"out": Path(__file__) / "further" / "pets.toml"}, "test_init.py is a file, expected a folder"),
+    (pets, {"out": Path("n" * 300 + ".toml")}, "cannot be written (File name too long)"),
+    (pets, {"out": Path("n" * 245 + ".toml"), "pipeline": True}, "cannot be written (File name too long)"),
+    (pets, {"out": Path("caf\udce9.toml"), "pipeline": True}, "caf\\xe9.toml: its name is not UTF-8; name another file"),
+    (pets, {"folder": Path("two\nlines")}, "two\\nlines: no such folder"),
 ]
 
 
@@ -413,7 +417,7 @@ def test_what_cannot_be_is_one_line_and_leaves_no_file(tmp_path, make, words, me
     make(tmp_path / "pets")
 
     with pytest.raises(VggrowError) as refused:
-        init_recipe(asked(tmp_path / "pets", **words), machine=LAPTOP)
+        init_recipe(asked(**({"folder": tmp_path / "pets"} | words)), machine=LAPTOP)
 
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.glob("*.toml")) and not list(tmp_path.glob(".*.part"))

@@ -15,7 +15,7 @@ from pipelines.manifest import SCHEMA, Manifest, fingerprint_of
 from tests.training.small_published import publish
 from training.freezing import freeze as freeze_groups
 from training.store import open_store
-from vggcore.errors import RecipeError
+from vggcore.errors import RecipeError, StoreError
 from vggcore.initialise import initialise_net
 from vggcore.nets import build_net, layer_table
 from vggcore.recipe import Recipe, load_recipe, parse_recipe
@@ -296,3 +296,62 @@ def test_a_frozen_stage_needs_less_memory_and_traffic_and_adamw_needs_more_memor
     assert frozen.checkpoints_gib < plain.checkpoints_gib < adamw.checkpoints_gib
     assert planned("average = 3").checkpoints_gib == pytest.approx(3 * plain.checkpoints_gib)      # two sums of 8 bytes
     assert frozen.gflop_per_picture < 0.4 * plain.gflop_per_picture      # what is left of the rest are the FC layers
+
+
+def notes_of(text: str, store: Path, workers: int = 1) -> str:
+    """A plan's notes, before a scan."""
+    return "\n".join(plan(recipe_of(text), None, workers, store).notes)
+
+
+def test_the_plateau_rule_is_spoken_of_where_a_stage_has_it(tmp_path: Path) -> None:
+    cosine = PETS.replace("max_epochs", 'rule = "cosine"\nmax_epochs')
+    mixed = PETS.replace('init_from = "A-64"', 'init_from = "A-64"\nrule = "cosine"')
+
+    assert "the plateau rule may end a stage earlier" in notes_of(PETS, tmp_path)
+    assert "plateau" not in notes_of(cosine, tmp_path)
+    assert "the plateau rule may end A-64 earlier" in notes_of(mixed, tmp_path)
+
+
+def test_batches_of_stages_are_said_where_they_differ_from_the_shared_ones(tmp_path: Path) -> None:
+    two = PETS.replace('init_from = "A-64"', 'init_from = "A-64"\nglobal_batch = 64')
+
+    assert "memory is an estimate for 4 to 32 pictures a worker" in notes_of(two, tmp_path, workers=2)
+    assert plan_text(plan(recipe_of(two), None, 1, tmp_path)).splitlines()[0].endswith("global batch 8 to 64")
+    both = two.replace("scale = 64\n", "scale = 64\nglobal_batch = 64\n")
+    assert plan_text(plan(recipe_of(both), None, 1, tmp_path)).splitlines()[0].endswith("global batch 64")
+
+
+def test_a_plan_of_fits_alone_speaks_of_no_batch_and_a_single_stage_is_one(tmp_path: Path) -> None:
+    publish(open_store(tmp_path))
+    fit = POOLED.partition('[[stage]]\nname = "tuned"')[0].replace("crop = 32\n", "")
+
+    text = plan_text(plan(recipe_of(fit), None, 1, tmp_path))
+
+    assert "pets: 1 stage, " in text and "plateau" not in text and "pictures a worker" not in text
+
+
+def test_a_stage_from_published_weights_that_never_ran_is_not_said_to_wait_for_them(tmp_path: Path) -> None:
+    publish(open_store(tmp_path))
+
+    found = plan(recipe_of(POOLED), manifest_of(train=20), 1, tmp_path)
+
+    assert [stage.reason for stage in found.stages] == ["never run", "never run", "after tuned"]
+
+
+def test_a_stored_parent_that_is_not_there_is_refused_before_a_scan_too(tmp_path: Path) -> None:
+    recipe = recipe_of(PETS.replace('init_from = "A-64"', 'init_from = "stage:0123456789abcdef"'))
+
+    with pytest.raises(StoreError, match=r"^stage 'D-64': init_from 'stage:0123456789abcdef': that stage is not in store"):
+        plan(recipe, None, 1, tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "noted"), [("scale = 128", True), ("scale = 96", False), ("scale = [64, 128]", False)])
+def test_training_on_from_a_layer_fitted_at_another_scale_is_noted(scale: str, noted: bool, tmp_path: Path) -> None:
+    publish(open_store(tmp_path))
+    fit = POOLED.partition('[[stage]]\nname = "tuned"')[0].replace("[96, 160]", "[96]")
+    tuned = f'[[stage]]\nname = "tuned"\nnet = "A"\ninit_from = "fitted"\n{scale}\nfeatures = {{ groups = [3, 4] }}\n'
+
+    notes = notes_of(fit + tuned, tmp_path)
+
+    words = "tuned takes the linear layer of fitted, fitted at scale 96, and trains at 128"
+    assert (words in notes) is noted, notes

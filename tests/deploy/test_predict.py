@@ -151,7 +151,8 @@ def test_more_pictures_than_are_held_at_once_come_back_in_their_order(logged, el
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (("brick", "coffee"), "'grass' has no pictures"),
+        (("brick", "coffee"), "'grass' has no pictures; expected pictures of each of its classes"),
+        (("brick", "moss"), "'coffee', 'grass' have no pictures; the model does not know 'moss'"),
         (("brick", "coffee", "grass", "rust"), "does not know 'rust'"),
         (("brick", "coffee", "moss"), "'grass' has no pictures; the model does not know 'moss'"),
     ],

@@ -233,6 +233,36 @@ def test_the_stages_table_says_what_the_store_says(made: Made, page: Page) -> No
     assert page.row("D-64-80 not finished: 3 epochs so far", "D")[2:] == ["64 to 80", "D-64", *"––––––"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([{}, {"rule": "plateau"}, {"fit": "sgd"}], "Val steered the learning rate, test had no part in training."),
+        ([{"rule": "cosine"}, {}, {"fit": "logistic"}], "Val steered the learning rate of D-64, test had no part in training."),
+        ([{"rule": "cosine"}, {"rule": "cosine"}, {"fit": "logistic"}], "trained. Test had no part in training."),
+    ],
+)
+def test_val_steered_the_learning_rate_where_the_plateau_rule_did(settings, words: str, tmp_path: Path) -> None:
+    made = make_store(tmp_path, ("cat", "dog"), each=1)
+    for name, its in zip(("A-64", "D-64", "D-64-80"), settings, strict=True):
+        folder = made.store / "stages" / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        (folder / "stage.json").write_text(json.dumps({"stage": {"seed": 1, **its}}))
+
+    assert words in Page(write_report(made.store, None)).text
+
+
+def test_a_page_replaces_a_page_of_ours_and_nothing_else(tmp_path: Path) -> None:
+    made = make_store(tmp_path, ("cat", "dog"), each=1)
+    page, letter = tmp_path / "page.html", tmp_path / "letter.html"
+    letter.write_text("<!doctype html><title>Dear vggrow</title>")
+
+    write_report(made.store, None, page)
+    write_report(made.store, None, page)
+    with pytest.raises(StoreError, match=r"letter.html: exists already and is not a page of vggrow's; name another file"):
+        write_report(made.store, None, letter)
+
+    assert letter.read_text() == "<!doctype html><title>Dear vggrow</title>"
+
+
 def test_the_data_the_lineage_and_the_commands_are_on_the_page(made: Made, page: Page) -> None:
     assert page.row("cat's")[1:] == ["4", "4", "4", "12"]
     assert page.row("all")[1:] == ["8", "8", "8", "24"]

@@ -116,6 +116,7 @@ def test_the_summary_of_imported_weights_has_their_layers_mean_and_classes(store
         (("weights", "show", "keras/vgg19"), ["vggrow weights import keras/vgg19"]),
         (("weights", "export", "vgg11", "{files}/out.onnx"), ["ends in .safetensors"]),
         (("weights", "export", "vgg11", "{files}/vgg11.pth", "--format", "torchvision"), ["exists already"]),
+        (("weights", "export", "vgg11", "n" * 300 + ".safetensors"), ["cannot be written (File name too long)"]),
         (("weights", "export", "mine/vgg16", "{files}/k.pth", "--format", "torchvision"), ["name a .safetensors file"]),
         (("weights", "export", "vgg11", "{files}/vgg11.pth/out.safetensors"), ["its folder does not exist"]),
         (("weights", "remove", "vgg12"), ["did you mean 'vgg11'?"]),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -93,6 +94,7 @@ def test_the_table_has_a_row_a_picture_with_the_split_of_a_recipe(
     assert np.isfinite(np.array(folder_table["features"].to_pylist())).all()
 
     out = tmp_path / "with-split.parquet"
+    out.write_bytes(whole.read_bytes())      # an earlier file of ours is replaced
     done = vggrow("features", "weights:small/a", make_recipe(), *OPTIONS, "--out", out, "--store", store)
 
     assert done.returncode == 0, done.stderr
@@ -119,6 +121,12 @@ def test_the_table_has_a_row_a_picture_with_the_split_of_a_recipe(
         (("small/a", "--scales", "0"), "expected numbers of pixels"),
         (("small/a", "--scales", "8", "--groups", "4"), "--scales: 8 is below 16, the pixels that group 4 needs"),
         (("small/a", "--out", "nowhere/f.parquet"), "--out nowhere/f.parquet: has no folder"),
+        (("small/a", "--out", "photo.jpg"), "photo.jpg: exists already and is not a file of `vggrow features`; name another"),
+        (("small/a", "--out", "other.parquet"), "other.parquet: exists already and is not a file of `vggrow features`"),
+        (("small/a", "--out", "pipe"), "pipe: is a pipe, expected a file's name"),
+        (("small/a", "--out", "n" * 300), "cannot be written (File name too long)"),
+        (("small/a", "--scales", "99999999999999999999999"), "expected numbers of pixels up to 16,384, ascending"),
+        (("small/aa",), "small/aa: no such model; did you mean 'small/a'?"),
         (("small/a", "--device", "cuda"), "--device cuda: torch finds no GPU"),
         (("small/a", "--address", "127.0.0.1:1"), "--address 127.0.0.1:1: no Ray head answers there"),
     ],
@@ -134,6 +142,10 @@ def test_what_cannot_be_is_one_line_and_leaves_no_file(
 ) -> None:
     what, *more = words
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").write_bytes(next(photos.rglob("*.jpg")).read_bytes())
+    pq.write_table(pa.table({"path": ["mine"]}), tmp_path / "other.parquet")
+    os.mkfifo(tmp_path / "pipe")
+    before = {path: path.is_fifo() or path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(
         sys, "argv", ["vggrow", "features", what, str(photos), "--out", "f.parquet", *more, "--store", str(store)]
     )
@@ -143,4 +155,4 @@ def test_what_cannot_be_is_one_line_and_leaves_no_file(
 
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "f.parquet").exists()
+    assert {path: path.is_fifo() or path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -216,6 +216,7 @@ def test_a_few_bad_files_are_left_out_and_many_stop_the_scan_with_the_list(tmp_p
 
     assert len(few.quarantine) == 10
     assert str(tmp_path / "store/data/quarantine.csv") in str(stop.value)
+    assert "allow more by [data] max_bad in a recipe (a folder alone is read with the default)" in str(stop.value)
     assert len((tmp_path / "store/data/quarantine.csv").read_text().splitlines()) == 12
 
 

@@ -346,7 +346,7 @@ def test_weights_that_a_stage_started_from_are_kept_unless_forced(store, vgg11):
     (stage / "stage.json").write_text(json.dumps({"name": "A-72", "parent": {"key": f"weights:{record.digest}"}}))
     removal = plan_removal(store, "vgg11")
 
-    with pytest.raises(StoreError, match=r"1 stages of the store started from them, A-72 \(0123456789abcdef\) first"):
+    with pytest.raises(StoreError, match=r"1 stage of the store started from them, A-72 \(0123456789abcdef\) first"):
         remove_weights(store, removal)
     assert list_weights(store) == [record]
 

@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_old_weights(tmp_path):
     save_weights({"a": torch.ones(3)}, path)
     (tmp_path / "file").write_text("no folder")
 
-    with pytest.raises(StoreError, match=r"file/model\.safetensors: weights cannot be written"):
+    with pytest.raises(StoreError, match=r"file/model\.safetensors: cannot be written \(Not a directory\)"):
         save_weights({"a": torch.zeros(3)}, tmp_path / "file" / "model.safetensors")
     with pytest.raises(AttributeError):
         save_weights({"a": None}, path)

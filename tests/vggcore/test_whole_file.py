@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vggcore.errors import StoreError
+from vggcore.whole_file import write_text
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 WRITE = """
 import os, sys
@@ -67,3 +70,49 @@ def test_a_file_that_may_not_be_written_is_one_line_and_stays_as_it_was(refusal,
     ] * 2
     assert [path.name for path in folder.iterdir()] == ["result.json"]
     assert (folder / "result.json").read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("n" * 300, "cannot be written (File name too long); name another file"),
+        ("f" * 300 + "/page.html", "cannot be written (File name too long); name another file"),
+        ("file/page.html", "cannot be written (Not a directory); name another file"),
+        ("folder", "is a folder, expected a file's name; name another"),
+        ("pipe", "is a pipe, expected a file's name; name another"),
+        ("dangling", "is a link to nothing, expected a file; remove it, or name another"),
+        ("circle", "cannot be written (Too many levels of symbolic links); name another file"),
+        ("to-pipe", "is a pipe, expected a file's name; name another"),
+    ],
+)
+def test_a_place_where_no_file_can_be_is_one_line_and_stays_what_it_was(place: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for link, to in (("dangling", "nowhere"), ("circle", "circle"), ("to-pipe", "pipe")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    with pytest.raises(StoreError) as caught:
+        write_text(tmp_path / place, "ours")
+
+    assert str(caught.value) == f"{tmp_path / place}: {words}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "page").write_text("before")
+    (tmp_path / "link").symlink_to("page")
+
+    write_text(tmp_path / "link", "after")
+
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "page").read_text() == "after"
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path: Path) -> None:
+    name = "ä" * 127
+
+    write_text(tmp_path / name, "ours")
+
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,6 +1,7 @@
 """Published weights for other programs: files in torchvision's, Keras' and our own layout."""
 
 import json
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,7 +15,7 @@ from training.published.readers import OWN_KEY, needs
 from vggcore.errors import StoreError, WeightsError
 from vggcore.nets import FC_NAMES, STRIDE, conv_names
 from vggcore.published import FC_LAYERS, PublishedWeights, mean_text
-from vggcore.whole_file import whole_file
+from vggcore.whole_file import check_target, whole_file
 
 Format = Literal["vggrow", "torchvision", "keras"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -29,10 +30,11 @@ def check_export(record: PublishedWeights, file: Path, format: Format) -> None:
     """Raises WeightsError where the weights cannot be written in this format, StoreError where the file is there already."""
     if file.suffix not in ENDINGS[format]:
         raise WeightsError(f"{file}: expected a name that ends in {' or '.join(ENDINGS[format])} for --format {format}")
-    if not file.absolute().parent.is_dir():
+    if not os.path.isdir(file.absolute().parent):  # noqa: PTH112 (a name too long is no folder, and no error yet)
         raise StoreError(f"{file}: its folder does not exist; make it, or name another")
-    if file.exists() or file.is_symlink():
+    if os.path.lexists(file):
         raise StoreError(f"{file}: exists already; name another file, or remove it first")
+    check_target(file)
     if record.net == "A-LRN" and format != "vggrow":
         whose = "Keras'" if format == "keras" else "torchvision's"
         raise WeightsError(f"{record.name}: net A-LRN cannot be written in {whose} layout; use --format vggrow")

