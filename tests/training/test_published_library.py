@@ -144,6 +144,14 @@ def test_a_file_of_an_export_comes_back_under_its_own_name_where_it_cannot_prove
     [
         ({"name": 7}, "its metadata 'vggrow' is not that of"),
         ({"licence": {}}, "its metadata 'vggrow' is not that of"),
+        ({"bgr": "no"}, "bgr is 'no', expected true or false"),
+        ({"mean": [1e9, 2, 3]}, "expected levels of 0..255"),
+        ({"mean": [-1, 2, 3]}, "expected levels of 0..255"),
+        ({"deviation": [0, 0, 0]}, "expected numbers above 0"),
+        ({"deviation": [1, 1, -1]}, "expected numbers above 0"),
+        ({"deviation": [1, 1, float("inf")]}, "not finite"),
+        ({"classes": "ab"}, "classes are not a list of texts"),
+        ({"classes": ["a", "b"]}, "2 classes, but these weights have no FC layers"),
         ({"name": "my vgg", "digest": None}, r"name 'my vgg': expected letters, digits.* give another by --name"),
     ],
 )
@@ -179,6 +187,11 @@ def test_classes_are_kept_with_the_weights_and_are_part_of_them(store, tmp_path)
     record = import_weights(str(tmp_path / "five.safetensors"), store, classes=list("abcde"))
 
     assert (record.classes, record.outputs, record.crop) == (tuple("abcde"), 5, 32)
+    about = {"name": "x", "net": "A", "classes": ["a"], "licence": None, "origin": None, "bgr": False, "mean": [1, 2, 3],
+             "deviation": None, "digest": None}  # fmt: skip
+    save_file(with_head(convs("A")), tmp_path / "one.safetensors", metadata={"vggrow": json.dumps(about)})
+    with pytest.raises(WeightsError, match="by its own metadata: 1 classes, but the last layer has 5 outputs; export it again"):
+        import_weights(str(tmp_path / "one.safetensors"), store)
     unnamed = import_weights(str(tmp_path / "five.safetensors"), store, name="unnamed")
     assert unnamed.digest != record.digest and unnamed.classes is None
     with pytest.raises(WeightsError, match="4 classes, but the last layer has 5 outputs"):

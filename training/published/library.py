@@ -212,13 +212,11 @@ def describe(
     """The record of converted weights. Raises WeightsError for classes that are not as many as the outputs."""
     publisher = source.published_as or (source.packed.name if source.packed else None)
     known = KNOWN.get(publisher or "")
-    if classes is not None and len(classes) != (converted.outputs or 0):
-        raise WeightsError(
-            f"{source.typed}: {len(classes)} classes, but the last layer has {converted.outputs or 'not been imported: 0'}"
-            " outputs; name each output's class, in order"
-        )
-    if classes is None:
+    if classes is not None:
+        check_classes(classes, converted, source.typed, "name each output's class, in order")
+    elif found.classes is not None:
         classes = found.classes
+        check_classes(classes, converted, f"{source.file}: by its own metadata", "export it again")
     if classes is None and known is not None and converted.outputs == len(imagenet_classes()):
         classes = imagenet_classes()
     kept = None if classes is None else tuple(classes)
@@ -238,6 +236,14 @@ def describe(
         source_digest=source.digests["blake2b"],
         imported_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def check_classes(classes: Sequence[str], converted: "Converted", place: str, advice: str) -> None:
+    """Raises WeightsError unless there are as many classes as outputs."""
+    if converted.outputs is None:
+        raise WeightsError(f"{place}: {len(classes)} classes, but these weights have no FC layers to give them; leave them out")
+    if len(classes) != converted.outputs:
+        raise WeightsError(f"{place}: {len(classes)} classes, but the last layer has {converted.outputs} outputs; {advice}")
 
 
 def own_name(found: "Found") -> str | None:
