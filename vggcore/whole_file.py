@@ -10,8 +10,8 @@ from typing import Any
 
 from vggcore.errors import StoreError
 
-# What a person can mend: no room, or a folder that takes no writes (any more).
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a person can mend: no room, a file larger than may be, or a folder that takes no writes (any more).
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -39,9 +39,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def refusal(path: Path, error: OSError) -> str:
-    """What to say of a file that cannot be written, in one line."""
+    """What to say of a file that cannot be written, in one line: in the system's words, as h5py's have several."""
+    said = os.strerror(error.errno) if error.errno else next(iter(str(error).splitlines()), type(error).__name__)
     return (
-        f"{path}: cannot be written ({error.strerror}); make room, or make the folder writable, and start the same command"
+        f"{path}: cannot be written ({said}); make room, or make the folder writable, and start the same command"
         " again"
     )
 

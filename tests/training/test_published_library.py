@@ -330,6 +330,46 @@ def test_a_store_that_fills_up_in_the_middle_of_an_import_is_named_and_left_clea
     assert shutil.disk_usage(small_disk).used < 1 << 20
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"), [("a.safetensors", "vggrow"), ("a.pth", "torchvision"), ("a.h5", "keras"), ("b.safetensors", "keras")]
+)
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(small_disk, store, vgg11, name, layout):
+    record = import_weights(str(vgg11), store)
+    tensors = read_tensors(*find_weights(store, "vgg11"))
+
+    with pytest.raises(StoreError, match=rf"small/{name}: cannot be written \(.*No space left on device.*make room") as refused:
+        export_weights(record, tensors, small_disk / name, format=layout)
+
+    assert "\n" not in str(refused.value)
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "layout"), [("a.safetensors", "vggrow"), ("a.pth", "torchvision"), ("a.h5", "keras")])
+def test_an_export_that_is_larger_than_files_may_be_is_one_line_and_leaves_nothing(tmp_path, store, vgg11, name, layout):
+    import_weights(str(vgg11), store)
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from training.published.export import export_weights\n"
+        "from training.published.library import find_weights, read_tensors\n"
+        "from training.store import Store\n"
+        "from vggcore.errors import StoreError\n"
+        "found = find_weights(Store(Path(sys.argv[1])), 'vgg11')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))\n"
+        "try: export_weights(found[0], read_tensors(*found), Path(sys.argv[2]), format=sys.argv[3])\n"
+        "except StoreError as error: print(error)"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.root, out / name, layout], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert len(done.stdout.splitlines()) == 1 and "File too large" in done.stdout, done.stderr
+    assert list(out.iterdir()) == []
+
+
 def test_weights_that_are_not_there_are_named_with_the_nearest(store, vgg11):
     import_weights(str(vgg11), store)
 
