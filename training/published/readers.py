@@ -186,6 +186,8 @@ def tensors_of(held: Any, file: Path) -> dict[str, Tensor]:
 
 def read_safetensors(file: Path) -> Found:
     """A safetensors file in any layout; one of `weights export` says its own convention."""
+    if os.fsencode(file).decode("utf-8", "ignore") != str(file):
+        raise WeightsError(f"{str(file)!r}: its path is not UTF-8, which safetensors cannot open; rename the file")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
