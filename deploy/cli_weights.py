@@ -276,12 +276,15 @@ def summary_of(name: str, store: str, *, crop: int, as_json: bool) -> str:
     from training.store import store_to_read
     from vggcore.errors import WeightsError
     from vggcore.nets import layer_table
+    from vggcore.recipe import Features
 
     record, path = find_weights(store_to_read(store), name)
     if record.crop not in (None, crop):
         raise WeightsError(f"weights:{name}: FC1 fits crop {record.crop}, got --crop {crop}; use --crop {record.crop}")
-    rows = layer_table(record.net, classes=record.outputs or 1, crop=crop)
-    if not record.has_fc:
+    if record.has_fc:
+        rows = layer_table(record.net, classes=record.outputs or 1, crop=crop)
+    else:      # a linear head on the last group: FC layers that are not shown would set the crop a limit
+        rows = layer_table(record.net, classes=1, head="linear", features=Features(groups=(5,)), crop=crop)
         rows = [row for row in rows if row.name.startswith("features.")]
     if as_json:
         about = record.model_dump(mode="json") | {"table": [asdict(row) for row in rows]}

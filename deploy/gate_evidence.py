@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from deploy.gate import Score
 from pipelines.gate_list import USES, GateList, read_gate
 from pipelines.manifest import Manifest, Pictures, read_manifest
 from pipelines.near_duplicates import nearest_listed
-from training.store import Store, read_json
+from training.store import Store, lock_file_held, read_json
 from vggcore.digest import digest
 from vggcore.errors import DatasetError
 from vggcore.recipe import GATE
@@ -314,7 +313,7 @@ def count_use(store: Store, gate: GateList, decision_id: str, facts: Mapping[str
     alpha: what this use may spend.
     """
     store.locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.locks / f"gate-{gate.home.name}.lock"):
+    with lock_file_held(store.locks / f"gate-{gate.home.name}.lock"):
         number, known = use_number(gate, decision_id), uses(gate)
         if number > len(known):
             lines = [*known, {"id": decision_id, "alpha": alpha, **facts}]

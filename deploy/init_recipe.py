@@ -14,8 +14,9 @@ from deploy.starter_tables import notes, recipe_tables
 from pipelines.folder_look import look_at_folder
 from pipelines.sources import is_utf8, printable
 from training.published.library import find_weights, list_weights
-from training.store import Store, store_around, store_to_read
+from training.store import Store, store_around, store_root, store_to_read
 from vggcore.errors import DatasetError, RecipeError, StoreError
+from vggcore.home_path import at_home
 from vggcore.published import PUBLISHED, PublishedWeights
 
 PREFIX = "weights:"
@@ -55,7 +56,7 @@ def init_recipe(asked: Asked, *, machine: Machine | None = None) -> Written:
     paths = (recipe, *([pipeline] if pipeline else []))
     files.check_places(paths)
     weights = find_published(asked)
-    look = look_at_folder(root, skip=Path(asked.store).expanduser().absolute())
+    look = look_at_folder(root, skip=store_root(asked.store))
     machine = machine or this_machine()
     written = files.below(root, recipe.parent.absolute())
     facts = facts_for(look, machine, root=written, weights=weights, with_gate=asked.pipeline)
@@ -72,11 +73,11 @@ def init_recipe(asked: Asked, *, machine: Machine | None = None) -> Written:
 
 def checked_root(asked: Asked) -> Path:
     """The pictures' folder, absolute. Raises DatasetError for one that is in a store, or whose name is not UTF-8."""
-    root = Path(os.path.abspath(asked.folder.expanduser()))  # noqa: PTH100 (keeps links)
+    root = Path(os.path.abspath(at_home(asked.folder, DatasetError)))  # noqa: PTH100 (keeps links)
     if not is_utf8(str(root)):
         raise DatasetError(f"{printable(root)}: its name is not UTF-8, which a recipe cannot store; rename the folder")
     around = store_around(root)
-    if around is None and root == Path(asked.store).expanduser().absolute() and root.is_dir():
+    if around is None and root == store_root(asked.store) and root.is_dir():
         around = root
     if around is not None:
         what = "is a store" if around == root else f"is inside the store {printable(around)}"
@@ -132,7 +133,7 @@ def looked(facts: Facts) -> str:
 def suggestion(asked: Asked) -> str | None:
     """The published weights to start from instead, where the store has exactly one set."""
     with suppress(StoreError):
-        found = list_weights(Store(Path(asked.store).expanduser().absolute()))
+        found = list_weights(Store(store_root(asked.store)))
         if len(found) == 1:
             command = again(asked, found[0].name)
             return f"the store has published weights, which usually learn more from few pictures: {command}"

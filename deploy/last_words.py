@@ -12,7 +12,7 @@ from deploy.verdict import beside_parents, verdict
 from deploy.yardsticks import read_yardsticks, result_rows, result_table
 from training.parents import published_ancestor
 from training.published.library import list_weights
-from training.store import Store
+from training.store import Store, store_root
 from vggcore.errors import StoreError
 from vggcore.published import PUBLISHED
 
@@ -44,7 +44,7 @@ def last_words(line: Line, *, command: str, store: str, pictures: Path | None) -
         *([f"          then {address}"] if page else []),
         f"predict   {command} predict {line.registered.uri} PICTURE...{there}",
     ]
-    opened, classes = Store(Path(store).expanduser().absolute()), line.measured.posteriors.shape[1]
+    opened, classes = Store(store_root(store)), line.measured.posteriors.shape[1]
     worse = beside_parents(line.stages, line.keys, opened, classes=classes, pictures=line.val_pictures)
     if worse:
         parts += ["", *worse]

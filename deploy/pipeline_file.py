@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from deploy.tracking_address import shown
 from training.worker_count import WorkerCount, read_workers
 from vggcore.errors import RecipeError
+from vggcore.home_path import at_home
 from vggcore.recipe import (
     Count,
     Frozen,
@@ -212,7 +213,7 @@ def load_pipeline(path: Path) -> Pipeline:
         pipeline.gate.rules()
     except RecipeError as error:
         raise RecipeError(f"{path}: [gate] {str(error).removeprefix('gate: ')}") from error
-    pipeline = with_absolute_paths(pipeline, path.absolute().parent)
+    pipeline = with_absolute_paths(pipeline, path.absolute().parent, place=f"{path}: ")
     if not pipeline.recipe.is_file():
         found = str(pipeline.recipe)
         raise RecipeError(f"{path}: recipe: {found!r} is no file; name the recipe to train, from this file's folder")
@@ -229,11 +230,11 @@ def check_start(pipeline: Pipeline, recipe: Recipe) -> None:
         )
 
 
-def with_absolute_paths(pipeline: Pipeline, folder: Path) -> Pipeline:
-    """The same pipeline, its relative paths counted from `folder`."""
+def with_absolute_paths(pipeline: Pipeline, folder: Path, *, place: str) -> Pipeline:
+    """The same pipeline, its relative paths counted from `folder`. Raises RecipeError, after `place`, for an unknown home."""
 
     def absolute(path: Path) -> Path:
-        return Path(os.path.normpath(folder / path.expanduser()))
+        return Path(os.path.normpath(folder / at_home(path, RecipeError, place=place)))
 
     run = pipeline.run
     tracking = run.tracking

@@ -15,6 +15,7 @@ import requests
 
 from deploy.tracking_address import short_reason, shown
 from vggcore.errors import ClusterError
+from vggcore.home_path import at_home
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def auth_headers() -> dict[str, str]:
     token = os.environ.get("RAY_AUTH_TOKEN")
     if not token:
         named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-        path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+        path = at_home(named, ClusterError, place="RAY_AUTH_TOKEN_PATH=") if named else Path.home() / ".ray" / "auth_token"
         try:
             token = path.read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from deploy.decision_history import last_decisions
 from deploy.rights import DENIED, GONE, no_right
 from deploy.tracking_address import using_tracking
-from training.store import Store
+from training.store import Store, take
 from vggcore.errors import RegistryError, StoreError
 from vggcore.recipe import nearest
 
@@ -148,9 +148,9 @@ def model_lock(store: Path, name: str) -> Iterator[None]:
     """Holds STORE/locks/registry-<name>.lock: in MLflow the last writer of an alias wins. StoreError after a minute."""
     path = store / "locks" / f"registry-{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=LOCK_S)
+    lock = FileLock(path)
     try:
-        lock.acquire()
+        take(lock, LOCK_S)
     except Timeout as error:
         raise StoreError(f"{path}: another command changes model {name!r}; try again when it is done") from error
     try:

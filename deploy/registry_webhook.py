@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from deploy.notify import FIRST_WAIT_S, Outbox
 from deploy.pipeline_file import Notify
-from training.store import Store
+from training.store import Store, lock_file_held
 from vggcore.digest import digest
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def tell_waiting(
         return []
     store.locks.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(store.locks / f"webhook-{name}.lock", timeout=SENDING_S):
+        with lock_file_held(store.locks / f"webhook-{name}.lock", SENDING_S):
             return waiting.send_waiting(notify, secret, first_wait_s=first_wait_s)
     except Timeout:
         logger.warning("models:/%s: another command is telling the webhook; what is left is told the next time", name)

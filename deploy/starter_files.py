@@ -13,7 +13,7 @@ from deploy.pipeline_file import load_pipeline
 from deploy.starter_lines import Facts, Setting, Table
 from deploy.starter_rules import UNEVEN
 from pipelines.sources import is_utf8, printable
-from training.store import DEFAULT_STORE
+from training.store import DEFAULT_STORE, store_root
 from vggcore.errors import RecipeError
 from vggcore.recipe import GATE, parse_recipe
 from vggcore.whole_file import check_target, write_text
@@ -81,7 +81,7 @@ def pipeline_text(facts: Facts, *, name: str, recipe: Path, store: str, pipeline
         Table("[gate]", (Setting("metric", "balanced" if uneven else "top1", f"{metric}; {gate:,} pictures decide"),)),
     ]
     if store != DEFAULT_STORE or recipe.parent.absolute() != Path.cwd():
-        place = below(Path(store).expanduser().absolute(), pipeline.parent.absolute())
+        place = below(store_root(store), pipeline.parent.absolute())
         tables.append(Table("[run]", (Setting("store", place, "where everything is kept"),)))
     return recipe_text(tables, opening=opening)
 

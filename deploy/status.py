@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from training.history import parse_rows, read_history
 from training.stage_log import logs_folder
-from training.store import Store, holder, read_json
+from training.store import Store, holder, lock_file_held, read_json
 
 RUNNING, FINISHED, STOPPED, TO_DO, FAILED = "running", "finished", "stopped", "to do", "failed"
 
@@ -116,7 +116,7 @@ def is_held(store: Store, lock: str) -> bool:
     if not path.exists():
         return False
     try:
-        with FileLock(path, timeout=0):
+        with lock_file_held(path, 0):
             return False
     except Timeout:
         return True

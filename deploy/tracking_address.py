@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
-from filelock import FileLock
 
+from training.store import lock_file_held
 from vggcore.errors import TrackingError
 
 CONNECT_S, ANSWER_S = 3.0, 5.0   # together below the 10 s within which a silent server must be named
@@ -87,7 +87,7 @@ def make_database(tracking: str) -> None:
         return
     from mlflow import MlflowClient
 
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with lock_file_held(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return
         part = path.with_name(f".{path.name}.part")

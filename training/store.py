@@ -19,10 +19,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vggcore.errors import StoreError
-from vggcore.whole_file import write_json, write_text
+from vggcore.home_path import at_home
+from vggcore.whole_file import refusal, write_json, write_text
 
 DEFAULT_STORE = "vggrow-store"
 LOOK_S = 0.5
+FOREVER = -1.0      # filelock's own
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Store:
         return self.root / "artifacts"
 
 
+def store_root(path: Path | str) -> Path:
+    """The absolute folder that --store names. Raises StoreError for a home that is not there."""
+    return at_home(path, StoreError, place="--store ").absolute()
+
+
 def open_store(path: Path | str) -> Store:
     """The store at `path`, made if absent. Raises StoreError for a URL, a file, or a folder that cannot be written."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
@@ -79,8 +86,7 @@ def open_store(path: Path | str) -> Store:
             f"--store {path}: a URL cannot be a store yet: checkpoints appear by renaming a folder, which object stores"
             " cannot do; name a folder, on a cluster one that every node mounts at the same path"
         )
-    root = Path(path).expanduser().absolute()
-    store = Store(root)
+    store = Store(store_root(path))
     try:
         store.locks.mkdir(parents=True, exist_ok=True)
         probe = store.locks / f".probe.{os.getpid()}"
@@ -95,7 +101,7 @@ def open_store(path: Path | str) -> Store:
 
 def store_to_read(path: Path | str) -> Store:
     """The store at `path` for a command that only reads. Raises StoreError when there is none."""
-    root = Path(path).expanduser().absolute()
+    root = store_root(path)
     if not root.is_dir():
         raise StoreError(f"--store {path}: no store there; name one that `vggrow train` or `vggrow data scan` has made")
     return Store(root)
@@ -120,6 +126,27 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path}: cannot be read ({error}); move it away and start the same command again") from error
 
 
+def take(lock: FileLock, timeout_s: float) -> None:
+    """Takes the lock. Raises Timeout where another has it all that time, StoreError where its file cannot be made."""
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout:                   # an OSError too
+        raise
+    except OSError as error:
+        raise StoreError(refusal(Path(lock.lock_file), error)) from error
+
+
+@contextmanager
+def lock_file_held(path: Path, timeout_s: float = FOREVER) -> Iterator[None]:
+    """Holds the lock file `path` while the block runs. Raises as take."""
+    lock = FileLock(path)
+    take(lock, timeout_s)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @contextmanager
 def hold(store: Store, name: str, *, what: str) -> Iterator[int]:
     """Holds the store's lock `name` while the block runs and gives its fencing number, one more at every taking.
@@ -129,7 +156,7 @@ def hold(store: Store, name: str, *, what: str) -> Iterator[int]:
     """
     lock = FileLock(store.locks / f"{name}.lock")
     try:
-        lock.acquire(timeout=LOOK_S)      # `vggrow status` takes a lock for an instant, to see whether it is held
+        take(lock, LOOK_S)      # `vggrow status` takes a lock for an instant, to see whether it is held
     except Timeout:
         raise StoreError(f"{what} is held by {holder(store, name)}; wait until it has finished, or stop it") from None
     try:
@@ -150,10 +177,10 @@ def hold_when_free(path: Path, busy: str, say: Callable[[str], None]) -> Iterato
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOOK_S)
+        take(lock, LOOK_S)
     except Timeout:
         say(f"{busy}: waiting for it")
-        lock.acquire()
+        take(lock, FOREVER)
     try:
         yield
     finally:

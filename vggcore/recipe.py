@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from vggcore.errors import RecipeError
+from vggcore.home_path import at_home
 from vggcore.recipe_checks import LARGEST_SIDE, check_recipe
 from vggcore.recipe_checks import nearest as nearest
 from vggcore.recipe_checks import stored_key as stored_key
@@ -468,5 +469,5 @@ def parse_recipe(text: str, *, place: str, folder: Path) -> Recipe:
         raise RecipeError(f"{place}: {complaints(error, tables, Recipe)}") from error
     if recipe.data.root is None:
         return recipe
-    root = (folder / recipe.data.root.expanduser()).absolute()
+    root = (folder / at_home(recipe.data.root, RecipeError, place=f"{place}: [data] root ")).absolute()
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})

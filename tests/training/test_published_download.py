@@ -205,7 +205,7 @@ def test_a_file_that_is_gone_is_one_line_with_what_to_fetch_by_hand(tmp_path, pu
     with pytest.raises(WeightsError) as refused:
         fetched(tmp_path)
 
-    for words in (known.url, "HTTP 404", f"vggrow weights import {known.file_name} --name {NAME}"):
+    for words in (known.url, "HTTP 404", f"import /PATH/TO/{known.file_name} --name {NAME}"):
         assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -218,7 +218,8 @@ def test_without_a_network_one_line_names_the_file_and_the_command(tmp_path, kno
     with pytest.raises(WeightsError) as refused:
         fetched(tmp_path, mirror=nobody)
 
-    for words in ("connection refused", f"fetch {known.url} by hand", f"vggrow weights import {known.file_name} --name {NAME}"):
+    command = f"copy it to this machine and run vggrow weights import /PATH/TO/{known.file_name} --name {NAME}"
+    for words in ("connection refused", f"fetch {known.url} by hand", command):
         assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 

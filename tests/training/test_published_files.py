@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 
 from tests.training.published_files import as_keras, as_timm, convs, torchvision_net, with_head, write_keras, write_onnx
@@ -158,6 +159,29 @@ def wide_pool(nodes):
     pool.attribute.extend([helper.make_attribute("kernel_shape", [3, 3]), helper.make_attribute("strides", [2, 2])])
 
 
+def changed_pool(name, value):
+    def change(nodes):
+        next(node for node in nodes if node.op_type == "MaxPool").attribute.append(helper.make_attribute(name, value))
+
+    return change
+
+
+def stride_alone(nodes):
+    next(node for node in nodes if node.op_type == "Conv").attribute.append(helper.make_attribute("strides", 1))
+
+
+def without_kernel(nodes):
+    del next(node for node in nodes if node.op_type == "Conv").input[1:]
+
+
+def cycle(nodes):
+    nodes[1].output[0] = nodes[0].input[0]
+
+
+def cycle_of_nothing(nodes):
+    nodes[:] = [helper.make_node("Identity", ["input"], ["input"])]
+
+
 def cut_short(nodes):
     last = max(place for place, node in enumerate(nodes) if node.op_type == "Conv")
     del nodes[last:]
@@ -176,6 +200,13 @@ def fork(nodes):
         (wide_pool, "expected a 2x2 max pool of stride 2"),
         (cut_short, "group 5, after 1 convs: found the end of the graph or a fork"),
         (fork, "group 2, after 0 convs: found a Conv, then the end of the graph or a fork"),
+        (changed_pool("dilations", [3, 3]), "expected a 2x2 max pool of stride 2, got dilations [3, 3]"),
+        (changed_pool("ceil_mode", 1), "got ceil_mode 1"),
+        (changed_pool("pads", 1), "got pads 1"),
+        (stride_alone, "a 3x3 conv with strides 1"),
+        (without_kernel, "its kernel is not a 4-D constant"),
+        (cycle, "after 1 convs: found the end of the graph or a fork"),
+        (cycle_of_nothing, "after 0 convs: found the end of the graph or a fork"),
     ],
 )
 def test_an_onnx_graph_that_is_not_a_vgg_nets_is_refused_at_the_node(tmp_path, change, words):
@@ -185,6 +216,65 @@ def test_an_onnx_graph_that_is_not_a_vgg_nets_is_refused_at_the_node(tmp_path, c
         imported(path)
 
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def with_tensors(path: Path, change) -> Path:
+    """The graph of VGG-11's convs, each of its constants changed."""
+    write_onnx(path, convs("A"))
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        change(tensor)
+    onnx.save(model, str(path))
+    return path
+
+
+def bfloat16(tensor):
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(helper.make_tensor(tensor.name, onnx.TensorProto.BFLOAT16, values.shape, values.flatten()))
+
+
+def text(tensor):
+    if len(tensor.dims) == 1:
+        tensor.CopyFrom(helper.make_tensor(tensor.name, onnx.TensorProto.STRING, tensor.dims, [b"1"] * tensor.dims[0]))
+
+
+def short(tensor):
+    tensor.raw_data = tensor.raw_data[:100]
+
+
+def other_size(tensor):
+    tensor.dims[0] = 7
+
+
+def unknown_type(tensor):
+    tensor.data_type = 77
+
+
+def test_an_onnx_file_in_bfloat16_is_read(tmp_path):
+    found = imported(with_tensors(tmp_path / "vgg.onnx", bfloat16))
+
+    assert torch.equal(found.tensors["features.3.weight"], convs("A")["features.3.weight"].bfloat16().float())
+
+
+@pytest.mark.parametrize("change", [text, short, other_size, unknown_type])
+def test_an_onnx_graph_whose_constants_cannot_be_read_is_refused_in_one_line(tmp_path, change):
+    path = with_tensors(tmp_path / "vgg.onnx", change)
+
+    with pytest.raises(WeightsError, match="an ONNX graph that cannot be read") as refused:
+        imported(path)
+
+    assert "\n" not in str(refused.value)
+
+
+def test_fc_layers_of_an_onnx_file_that_are_no_matrices_are_left_out(tmp_path):
+    path = write_onnx(tmp_path / "flat.onnx", with_head(convs("A")))
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        if tensor.name == "classifier.0.weight":
+            tensor.dims[:] = [4096 * 512]
+    onnx.save(model, str(path))
+
+    assert imported(path).outputs is None
 
 
 class Evil:
@@ -224,6 +314,40 @@ def keras_3(path: Path) -> None:
         file.create_dataset("layers/conv2d/vars/0", data=np.zeros((3, 3, 3, 64), np.float32))
 
 
+def keras_of(values):
+    """A Keras file whose first kernel is these values."""
+
+    def write(path: Path) -> None:
+        layers = as_keras(convs("A"))
+        write_keras(path, layers | {"block1_conv1": (values, layers["block1_conv1"][1])}, kind="weights")
+
+    return write
+
+
+def flipped(path: Path) -> None:
+    """One bit of a tensor's data is another one."""
+    torch.save(convs("A"), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def torchscript(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+def locked(path: Path) -> None:
+    """A zip whose part says that it is encrypted."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"x")
+    content = bytearray(path.read_bytes())
+    content[6] |= 1
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+
+
 def own_metadata(path: Path) -> None:
     save_file(convs("A"), path, metadata={"vggrow": '{"bgr": 1}'})
 
@@ -242,7 +366,11 @@ NOT_WEIGHTS = [
     (written(b"\x00" * 600),                                     "not a file of weights"),
     (written(b"hello"),                                          "not a file of weights (it begins with b'hello')"),
     (written(b"\x08\x07 not an ONNX graph"),                     "not a whole ONNX file"),
-    (written(b"\x80\x02garbage"),                                "not a whole PyTorch file"),
+    (written(b"\x80\x02garbage"),                                "not a whole PyTorch file, expected a state dict (tensors"),
+    (written(pickle.dumps({"a": 1})),                            "save the net's state_dict() with torch.save"),
+    (torchscript,                                                "a TorchScript archive, expected a state dict"),
+    (locked,                                                     "a zip that cannot be read"),
+    (flipped,                                                    "damaged: its part 'source/data/"),
     (written(b"PK\x03\x04garbage"),                              "not a whole PyTorch file"),
     (written(b"\x89HDF\r\n\x1a\n" + b"\x00" * 64),               "not a whole HDF5 file"),
     (written((64).to_bytes(8, "little") + b'{"a":'),             "not a whole safetensors file"),
@@ -250,7 +378,8 @@ NOT_WEIGHTS = [
     (lambda path: torch.save(Evil(), path),                      "a pickle that holds more than tensors"),
     (whole_module,                                               "a pickle that holds more than tensors"),
     (lambda path: torch.save(torch.zeros(3), path),              "holds Tensor, not a state dict"),
-    (lambda path: torch.save({}, path),                          "holds dict, not a state dict"),
+    (lambda path: torch.save({}, path),                          "an empty state dict (0 tensors)"),
+    (lambda path: torch.save({"model": {}}, path),               "an empty state dict (0 tensors)"),
     (lambda path: torch.save({1: torch.zeros(3)}, path),         "not a state dict"),
     (lambda path: torch.save({"features.0.weight": 3}, path),    "'features.0.weight' is int, expected a tensor"),
     (half(lambda path: torch.save(convs("A"), path)),            "not a whole PyTorch file"),
@@ -259,6 +388,9 @@ NOT_WEIGHTS = [
     (half(lambda path: write_onnx(path, convs("A"))),            "not a whole ONNX file"),
     (keras_archive,                                              "Keras' .keras format; save the net by model.save('vgg.h5')"),
     (keras_3,                                                    "Keras 3's .weights.h5"),
+    (keras_of(np.array([b"a", b"b"])),                           "'block1_conv1/block1_conv1/kernel:0' holds texts"),
+    (keras_of(np.zeros(3, [("a", "f4"), ("b", "i4")])),          "expected floating-point numbers; save the net by model.save"),
+    (keras_of(np.zeros((3, 3, 3, 64), ">u2")),                   "holds torch.uint16, expected floating-point numbers"),
     (own_metadata,                                               "its metadata 'vggrow' is not that of"),
     (lambda path: path.mkdir(),                                  "a folder without model.safetensors"),
     (lambda path: path.symlink_to("gone.pth"),                   "a link that leads to no file"),
@@ -283,11 +415,41 @@ def test_what_is_not_weights_is_refused_in_one_line(tmp_path, monkeypatch, write
     assert not (tmp_path / "evil-was-here").exists()
 
 
+def test_a_keras_file_of_another_byte_order_is_read_and_a_group_of_our_name_is_not_metadata(tmp_path):
+    import h5py
+
+    layers = {name: tuple(values.astype(">f4") for values in pair) for name, pair in as_keras(convs("A")).items()}
+    path = write_keras(tmp_path / "big.h5", layers, kind="weights")
+    with h5py.File(path, "a") as file:
+        file.create_group("vggrow")
+
+    assert same(imported(path).tensors, convs("A"))
+
+
+def test_a_state_dict_of_parameters_is_read(tmp_path):
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in convs("A").items()}, tmp_path / "vgg.pth")
+
+    found = imported(tmp_path / "vgg.pth")
+
+    assert torch.equal(found.tensors["features.3.weight"], convs("A")["features.3.weight"])
+    assert not any(tensor.requires_grad for tensor in found.tensors.values())
+
+
 def test_a_link_to_a_file_is_that_file(tmp_path, expected, net_d):
     torch.save(net_d, tmp_path / "real.pth")
     (tmp_path / "link").symlink_to("real.pth")
 
     assert same(imported(tmp_path / "link").tensors, expected.tensors)
+
+
+def test_a_safetensors_file_whose_name_is_not_utf_8_is_to_be_renamed_and_others_are_read(tmp_path):
+    save_file(convs("A"), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / os.fsdecode(b"\xff.safetensors"))
+    torch.save(convs("A"), tmp_path / os.fsdecode(b"\xff.pth"))
+
+    with pytest.raises(WeightsError, match="its path is not UTF-8, which safetensors cannot open; rename the file"):
+        imported(tmp_path / os.fsdecode(b"\xff.safetensors"))
+    assert imported(tmp_path / os.fsdecode(b"\xff.pth")).net == "A"
 
 
 def test_a_socket_and_a_name_with_a_nul_are_no_files(tmp_path):

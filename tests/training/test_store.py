@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from training.store import Store, fence_holds, hold, open_store, request_stop, stop_requested
+from training.store import (
+    Store,
+    fence_holds,
+    hold,
+    hold_when_free,
+    lock_file_held,
+    open_store,
+    request_stop,
+    stop_requested,
+    store_to_read,
+)
 from vggcore.errors import StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +64,30 @@ def test_a_stop_is_for_one_taking_of_the_lock_only(store):
 
     with hold(store, "stage-x", what="it") as number:
         assert not stop_requested(store, "stage-x", number)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda store: hold(store, "x", what="it"),
+        lambda store: hold_when_free(store.locks / "x.lock", "another has it", print),
+        lambda store: lock_file_held(store.locks / "x.lock"),
+    ],
+    ids=["a stage's", "weights'", "another"],
+)
+def test_a_lock_file_that_cannot_be_made_is_one_line(store, take):
+    (store.locks / "x.lock").mkdir()
+
+    with pytest.raises(StoreError, match=r"x\.lock: cannot be written \(Is a directory\)") as refused, take(store):
+        pass
+
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("use", [open_store, store_to_read])
+def test_a_store_in_the_home_of_nobody_is_one_line(use):
+    with pytest.raises(StoreError, match="--store ~nosuchuser/s: ~nosuchuser is no home on this machine"):
+        use("~nosuchuser/s")
 
 
 def test_a_url_is_no_store_and_says_why():

@@ -71,6 +71,7 @@ MISTAKES = [
     ('name = "D-72-96"',     'name = "A-72"',           r"stage 'A-72' is defined twice"),
     ("crop = 64",            "crop = 72",               r"\[net\] crop: found 72, wanted a multiple of 32"),
     ('"30s"',                '"30 parsecs"',            r"\[train\] checkpoint_every: found '30 parsecs', wanted a time such as '5min'"),
+    ('root = "pictures"',    'root = "~nosuchuser/a"',  r"\[data\] root ~nosuchuser/a: ~nosuchuser is no home on this machine; write"),
     ('root = "pictures"',    "",                        r'\[data\]: needs one of root = "<folder>" and source = "elpv"'),
     ('root = "pictures"',    'source = "elpv"\nthreshold = 0.3', r'\[data\]: threshold has no effect with labels = "certain"'),
     ('root = "pictures"',    'root = "x"\nlabels = "all"', r'\[data\]: labels and threshold have no effect without source'),

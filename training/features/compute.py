@@ -28,7 +28,7 @@ from training.features.forward import FeatureNet, set_up_device
 from training.features.source import FeatureSource, spec_colour
 from training.features.spec import FeatureSpec, used_tensors
 from training.features.table import FeatureTable, write_part
-from training.store import Store
+from training.store import Store, take
 from training.where import Where
 from training.worker_count import most
 from vggcore.weights import load_some
@@ -127,7 +127,7 @@ def alone(folder: Path, check: Check, say: Callable[[str], None]) -> Iterator[No
     told = False
     while True:
         try:
-            lock.acquire(timeout=LOOK_S)
+            take(lock, LOOK_S)
             break
         except Timeout:
             check()

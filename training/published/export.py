@@ -2,16 +2,18 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from training.published.layouts import KERAS, LAYOUTS, TORCHVISION, Convention, from_rgb_levels
-from training.published.readers import OWN_KEY, needs
+from training.published.readers import OWN_KEY, first_line, needs
 from vggcore.errors import StoreError, WeightsError
 from vggcore.nets import FC_NAMES, STRIDE, conv_names
 from vggcore.published import FC_LAYERS, PublishedWeights, mean_text
@@ -70,9 +72,31 @@ def export_weights(record: PublishedWeights, tensors: dict[str, Tensor], file: P
     write = {".safetensors": write_safetensors, ".pth": write_pytorch, ".h5": write_keras}[file.suffix]
     if write is write_keras:
         needs("h5py", file)
-    with whole_file(file) as unfinished:
-        write(found, about, unfinished)
+    write_whole(write, found, about, file)
     return how_to_use(convention)
+
+
+Write = Callable[[dict[str, Tensor], str, Path], None]
+
+
+def write_whole(write: Write, tensors: dict[str, Tensor], about: str, file: Path) -> None:
+    """Writes the file, whole or not at all. Raises StoreError where it cannot be written, whatever the library raises then."""
+    try:
+        with whole_file(file) as unfinished:
+            write(tensors, about, unfinished)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise StoreError(f"{file}: cannot be written ({why(error)}); make room, or name a file elsewhere") from error
+
+
+def why(error: BaseException) -> str:
+    """What the system said, where the error or one before it has its number; else the library's first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = getattr(cause, "errno", None)
+        if number:
+            return os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
+    return first_line(str(error))
 
 
 def convention_for(record: PublishedWeights, format: Format) -> Convention:
@@ -103,7 +127,8 @@ def write_safetensors(tensors: dict[str, Tensor], about: str, path: Path) -> Non
 
 def write_pytorch(tensors: dict[str, Tensor], _about: str, path: Path) -> None:
     """A state dict as torchvision publishes them."""
-    torch.save(tensors, path)
+    with path.open("wb") as opened:      # with a path torch hides what the system said behind "unexpected pos"
+        torch.save(tensors, opened)
 
 
 def write_keras(tensors: dict[str, Tensor], about: str, path: Path) -> None:

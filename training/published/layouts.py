@@ -187,8 +187,8 @@ def convert(found: Found, place: str) -> Converted:
 
 def recognise(tensors: Mapping[str, Tensor], place: str) -> tuple[Layout, dict[str, Tensor]]:
     """The layout of these names, and the tensors by the names that the layout gives them."""
-    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}       # as DDP saves a net
-    plain = {name: tensor for name, tensor in plain.items() if not name.endswith(".num_batches_tracked")}
+    counts = ".num_batches_tracked"
+    plain = without_prefix({name: tensor for name, tensor in tensors.items() if not name.endswith(counts)}, place)
     if sum(bool(re.fullmatch(r"features\.\d+\.weight", name)) for name in plain) > 4:
         timm = any(name.startswith(("pre_logits.", "head.")) for name in plain)
         return LAYOUTS["timm" if timm else "torchvision"], plain
@@ -199,6 +199,17 @@ def recognise(tensors: Mapping[str, Tensor], place: str) -> tuple[Layout, dict[s
         f"{place}: not the weights of a VGG net (found the tensors {first}); expected torchvision's or timm's names"
         " ('features.0.weight') or Keras' ('block1_conv1'): give a file of VGG-11, 13, 16 or 19"
     )
+
+
+def without_prefix(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """'module.features.0.weight', as DDP saves a net, as 'features.0.weight'."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("module.")
+        if plain in found:
+            raise WeightsError(f"{place}: two tensors for {plain[:80]!r}, with and without 'module.'; give a file of one net")
+        found[plain] = tensor
+    return found
 
 
 def keras_renamed(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
@@ -239,7 +250,10 @@ def check_names(names: Iterable[str], tensors: Mapping[str, Tensor], what: str) 
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
-    """WeightsError for another shape, or for values that are not real numbers."""
+    """WeightsError for another shape, or for values that are absent, sparse or no real numbers."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = "meta: without values" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        raise WeightsError(f"{what}: {name!r} is a tensor of another kind ({kind}), expected a dense one; save dense tensors")
     if tuple(tensor.shape) != shape:
         raise WeightsError(f"{what}: {name!r} is {tuple(tensor.shape)}, expected {shape}; give a file of the paper's width")
     if not tensor.is_floating_point():

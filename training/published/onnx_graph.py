@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from training.published.layouts import KERAS, KERAS_LAYER, TORCHVISION, Convention, Found
 from vggcore.errors import WeightsError
@@ -15,7 +15,17 @@ from vggcore.nets import FC_NAMES, FC_UNITS, GROUP_CHANNELS, NETS, conv_names
 from vggcore.recipe import NetName
 
 CHANNELS_FIRST, CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]     # Transpose's perm from (N, H, W, C), and back
+UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)   # what onnx and numpy raise then
 IGNORED = ("Identity", "Dropout", "Cast")                       # they change no value at inference
+
+POOL: dict[str, list[Any]] = {
+    "kernel_shape": [[2, 2]],
+    "strides": [[2, 2]],
+    "pads": [[0] * 4],
+    "dilations": [[1, 1]],
+    "ceil_mode": [0],
+    "auto_pad": [b"NOTSET", b"VALID"],
+}
 
 
 class Chain:
@@ -32,8 +42,13 @@ class Chain:
         self.inputs = [item.name for item in graph.input if item.name not in self.constants]
 
     def after(self, name: str) -> Iterator[Any]:
-        """The nodes that follow a value, one after another, until the graph forks or ends; nodes without effect left out."""
-        while True:
+        """The nodes that follow a value, one after another, until the graph forks or ends; nodes without effect left out.
+
+        A cycle, which ONNX forbids, ends it too.
+        """
+        seen: set[str] = set()
+        while name not in seen:
+            seen.add(name)
             following = [node for node in self.consumers.get(name, []) if node.op_type not in ("Shape", "Constant")]
             if len(following) != 1 or not following[0].output:
                 return
@@ -42,8 +57,16 @@ class Chain:
                 yield following[0]
 
     def array(self, name: str) -> np.ndarray | None:
-        """A constant's values; None where the name is not one."""
-        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+        """A constant's values, bfloat16 as float32; None where the name is not one. Raises ValueError for other kinds."""
+        if name not in self.constants:
+            return None
+        tensor = self.constants[name]
+        values: np.ndarray = numpy_helper.to_array(tensor)
+        if tensor.data_type == TensorProto.BFLOAT16:
+            values = values.astype(np.float32)
+        if values.dtype.kind not in "fiub":
+            raise ValueError(f"{name[:60]!r} holds {values.dtype}, expected floating-point numbers")
+        return values
 
 
 def read_onnx(file: Path, convention: Convention | None) -> Found:
@@ -58,6 +81,17 @@ def read_onnx(file: Path, convention: Convention | None) -> Found:
     except Exception as error:   # protobuf's, onnx' or the system's, for a file of others
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise WeightsError(f"{file}: not a whole ONNX file ({said}); download or export it again") from error
+    try:
+        return read_graph(graph, convention, file)
+    except UNREADABLE as error:
+        said = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:120]
+        raise WeightsError(
+            f"{file}: an ONNX graph that cannot be read ({said}), expected the conv stack of a VGG net; export the net again"
+        ) from error
+
+
+def read_graph(graph: Any, convention: Convention | None, file: Path) -> Found:
+    """As read_onnx, from the graph; raises one of UNREADABLE where its nodes or tensors are not as ONNX has them."""
     chain = Chain(graph)
     if len(chain.inputs) != 1:
         raise WeightsError(f"{file}: an ONNX graph with {len(chain.inputs)} inputs, expected 1; give a VGG net")
@@ -107,12 +141,12 @@ def attributes(node: Any) -> dict[str, Any]:
 
 def conv_kernel(chain: Chain, node: Any, file: Path) -> int:
     """The side of a conv's kernel, or WeightsError where it is not one of a VGG net: stride 1, same padding, one group."""
-    kernel, about = chain.array(node.input[1]), attributes(node)
+    kernel, about = chain.array(node.input[1]) if len(node.input) > 1 else None, attributes(node)
     if kernel is None or kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise WeightsError(f"{file}: {node.name or 'Conv'}: its kernel is not a 4-D constant; export the net for inference")
     side = int(kernel.shape[2])
     padded = about.get("pads", [0] * 4) == [side // 2] * 4 or about.get("auto_pad") in (b"SAME_UPPER", b"SAME_LOWER")
-    plain = all(set(about.get(name, [1])) == {1} for name in ("strides", "dilations")) and about.get("group", 1) == 1
+    plain = all(about.get(name, [1, 1]) == [1, 1] for name in ("strides", "dilations")) and about.get("group", 1) == 1
     if side not in (1, 3) or not padded or not plain:
         raise WeightsError(
             f"{file}: {node.name or 'Conv'}: a {side}x{side} conv with strides {about.get('strides')} and pads"
@@ -122,10 +156,14 @@ def conv_kernel(chain: Chain, node: Any, file: Path) -> int:
 
 
 def check_pool(node: Any, file: Path) -> None:
-    """WeightsError for a pool other than 2x2 of stride 2."""
-    about = attributes(node)
-    if about.get("kernel_shape") != [2, 2] or about.get("strides") != [2, 2] or any(about.get("pads", [])):
-        raise WeightsError(f"{file}: {node.name or 'MaxPool'}: expected a 2x2 max pool of stride 2; the net is not a VGG net")
+    """WeightsError for a pool other than 2x2 of stride 2 that drops what is left at the edges."""
+    about = {"dilations": [1, 1], "pads": [0] * 4, "ceil_mode": 0, "auto_pad": b"NOTSET"} | attributes(node)
+    for name, expected in POOL.items():
+        if about.get(name) not in expected:
+            raise WeightsError(
+                f"{file}: {node.name or 'MaxPool'}: expected a 2x2 max pool of stride 2, got {name} {about.get(name)}; the net"
+                " is not a VGG net"
+            )
 
 
 def net_of(convs: list[list[tuple[Any, int]]], file: Path) -> NetName:
@@ -205,7 +243,7 @@ def linear_layer(chain: Chain, nodes: list[Any], place: int) -> tuple[tuple[np.n
         about = attributes(node)
         weight, bias = chain.array(node.input[1]), chain.array(node.input[2])
         plain = about.get("alpha", 1.0) == 1.0 and about.get("beta", 1.0) == 1.0 and not about.get("transA", 0)
-        if weight is not None and bias is not None and bias.ndim == 1 and plain:
+        if weight is not None and weight.ndim == 2 and bias is not None and bias.ndim == 1 and plain:
             weight = weight if about.get("transB", 0) else weight.T
             return (np.array(weight, order="C"), bias.copy()), place + 1
     if node is not None and node.op_type == "MatMul" and place + 1 < len(nodes) and nodes[place + 1].op_type == "Add":

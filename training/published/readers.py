@@ -7,6 +7,7 @@ import os
 import stat
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +28,10 @@ CHECKPOINT_FILE, STAGE_FILE = "progress.json", "stage.json"      # beside a chec
 NESTED = ("state_dict", "model_state_dict", "model")     # where training scripts put a net's weights
 LARGEST = 8 * 10**9      # bytes; E with its optimizer's state in float64 has 3.4e9. Others would fill the memory first
 KERAS_ADVICE = "save the net by model.save('vgg.h5') and import that file"
+STATE_DICT = (
+    "expected a state dict (tensors alone) as torch.save writes it, and a pickle that could run code is not read; save the"
+    " net's state_dict() with torch.save"
+)
 ADVICE = "give a file of VGG weights: PyTorch's .pth, .safetensors, Keras' .h5 or .onnx"
 
 
@@ -120,29 +125,41 @@ def needs(library: str, file: Path) -> None:
 
 def read_pytorch(file: Path) -> Found:
     """A state dict saved by torch.save; read with weights_only, so that no code in it runs."""
-    if is_keras_archive(file):
-        raise WeightsError(f"{file}: Keras' .keras format; {KERAS_ADVICE}")
+    check_archive(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:   # torch raises what its reader happens to meet in a file of others: a dozen kinds
-        said = str(error)
-        if "GLOBAL" in said:                # "Unsupported global: GLOBAL ...": a class or a function
-            why = "a pickle that holds more than tensors, which could run code; save its state_dict() with torch.save"
-        else:
-            why = f"not a whole PyTorch file ({first_line(said) or type(error).__name__}); download or save it again"
-        raise WeightsError(f"{file}: {why}") from error
+        raise WeightsError(f"{file}: {what_torch_refused(error)}") from error
     return Found(tensors_of(held, file))
 
 
-def is_keras_archive(file: Path) -> bool:
-    """Whether this is the zip of Keras 3."""
+def what_torch_refused(error: Exception) -> str:
+    """What a file is that torch.load does not read, and what to do; torch's own advice is to let the file run code."""
+    said = str(error)
+    if "GLOBAL" in said:                # "Unsupported global: GLOBAL ...": a class or a function
+        return "a pickle that holds more than tensors, which could run code; save its state_dict() with torch.save"
+    if "TorchScript" in said:
+        return f"a TorchScript archive, {STATE_DICT}"
+    if said.startswith("Weights only load failed"):
+        return f"not a whole PyTorch file, {STATE_DICT}"
+    return f"not a whole PyTorch file ({first_line(said) or type(error).__name__}); download or save it again"
+
+
+def check_archive(file: Path) -> None:
+    """WeightsError for the zip of Keras 3, and for one whose parts are not what was written: torch.load reads those too."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return "model.weights.h5" in archive.namelist()
-    except (zipfile.BadZipFile, OSError):
-        return False
+            if "model.weights.h5" in archive.namelist():
+                raise WeightsError(f"{file}: Keras' .keras format; {KERAS_ADVICE}")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError):      # torch's older format, or cut short: torch.load says what it is
+        return
+    except (RuntimeError, NotImplementedError, EOFError, zlib.error) as error:      # locked, or of a packer unknown here
+        raise WeightsError(f"{file}: a zip that cannot be read ({first_line(str(error))}), {STATE_DICT}") from error
+    if damaged is not None:
+        raise WeightsError(f"{file}: damaged: its part {damaged[:80]!r} is not what was written; download or save it again")
 
 
 def first_line(text: str) -> str:
@@ -156,17 +173,21 @@ def tensors_of(held: Any, file: Path) -> dict[str, Tensor]:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
             break
-    if not isinstance(held, Mapping) or not held or not all(isinstance(name, str) for name in held):
+    if isinstance(held, Mapping) and not held:
+        raise WeightsError(f"{file}: an empty state dict (0 tensors); {ADVICE}")
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise WeightsError(f"{file}: holds {type(held).__name__}, not a state dict (tensors by name); {ADVICE}")
     others = [name for name, value in held.items() if not isinstance(value, Tensor)]
     if others:
         found = type(held[others[0]]).__name__
         raise WeightsError(f"{file}: {others[0][:80]!r} is {found}, expected a tensor; save the net's state_dict() alone")
-    return dict(held)
+    return {name: tensor.detach() for name, tensor in held.items()}      # a Parameter's values
 
 
 def read_safetensors(file: Path) -> Found:
     """A safetensors file in any layout; one of `weights export` says its own convention."""
+    if os.fsencode(file).decode("utf-8", "ignore") != str(file):
+        raise WeightsError(f"{str(file)!r}: its path is not UTF-8, which safetensors cannot open; rename the file")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -182,17 +203,35 @@ def own_found(tensors: dict[str, Tensor], about: str | None, file: Path) -> Foun
         return Found(tensors)
     try:
         said = json.loads(about)
-        convention = Convention(
-            bgr=bool(said["bgr"]),
-            mean=rgb(said["mean"]),
-            deviation=None if said["deviation"] is None else rgb(said["deviation"]),
-        )
-        classes = None if said["classes"] is None else tuple(str(name) for name in said["classes"])
+        convention = convention_said(said["bgr"], said["mean"], said["deviation"])
+        classes = None if said["classes"] is None else texts(said["classes"])
         net = one_of_nets(said["net"])
         licence, origin, name, digest = (text_or_none(said[key]) for key in ("licence", "origin", "name", "digest"))
         return Found(tensors, convention, net, classes, licence, origin, name, digest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{file}: its metadata {OWN_KEY!r} is not that of `vggrow weights export`; export again") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        wrong = first_line(f"no {error}" if isinstance(error, KeyError) else str(error))
+        raise WeightsError(
+            f"{file}: its metadata {OWN_KEY!r} is not that of `vggrow weights export` ({wrong}); export again"
+        ) from error
+
+
+def convention_said(bgr: Any, mean: Any, deviation: Any) -> Convention:
+    """How a net takes pictures, from JSON; ValueError where no net can take them so."""
+    if not isinstance(bgr, bool):
+        raise ValueError(f"bgr is {bgr!r}, expected true or false")
+    levels, divisors = rgb(mean), None if deviation is None else rgb(deviation)
+    if not all(0 <= level <= 255 for level in levels):
+        raise ValueError(f"mean is {mean}, expected levels of 0..255")
+    if divisors is not None and min(divisors) <= 0:
+        raise ValueError(f"deviation is {deviation}, expected numbers above 0")
+    return Convention(bgr=bgr, mean=levels, deviation=divisors)
+
+
+def texts(values: Any) -> tuple[str, ...]:
+    """A list's texts, or ValueError."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("classes are not a list of texts")
+    return tuple(values)
 
 
 def text_or_none(value: Any) -> str | None:
@@ -226,22 +265,32 @@ def read_keras(file: Path) -> Found:
     tensors: dict[str, Tensor] = {}
 
     def take(path: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.shape:
+        if isinstance(item, h5py.Dataset) and item.shape and path != OWN_KEY:
             layer = next((part for part in path.split("/") if KERAS_LAYER.search(part)), None)
             name = path if layer is None else f"{layer}/{path.rsplit('/', 1)[-1]}"
             if name in tensors:
                 raise WeightsError(f"{file}: two tensors {name!r}; give a file of one net")
-            tensors[name] = torch.from_numpy(item[()])
+            tensors[name] = numbers_in(item, path, file)
 
     try:
         with h5py.File(file, "r") as opened:
-            about = opened[OWN_KEY].asstr()[()] if OWN_KEY in opened else None
-            opened.get("model_weights", opened).visititems(take)
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+            own, nested = opened.get(OWN_KEY), opened.get("model_weights")
+            about = own.asstr()[()] if isinstance(own, h5py.Dataset) and own.shape == () else None
+            (nested if isinstance(nested, h5py.Group) else opened).visititems(take)
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{file}: not a whole HDF5 file ({first_line(str(error))}); download or save it again") from error
     if any(name.startswith("layers/") for name in tensors):
         raise WeightsError(f"{file}: Keras 3's .weights.h5, which does not name its layers; {KERAS_ADVICE}")
     return own_found(tensors, about, file)
+
+
+def numbers_in(dataset: Any, path: str, file: Path) -> Tensor:
+    """A dataset's numbers in this machine's byte order. Raises WeightsError for texts, records and the like."""
+    if dataset.dtype.kind not in "fiub" or dataset.dtype.itemsize > 8:
+        kind = "texts" if dataset.dtype.kind in "OS" else f"{str(dataset.dtype)[:60]} values"
+        raise WeightsError(f"{file}: {path[:80]!r} holds {kind}, expected floating-point numbers; {KERAS_ADVICE}")
+    values = dataset[()]
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
 def read_own(file: Path, beside: set[str]) -> Found:
@@ -277,8 +326,7 @@ def read_package(file: Path, tensors: Mapping[str, Tensor]) -> Found:
     try:
         model = json.loads(place.read_text(encoding="utf-8"))
         net, width, head = one_of_nets(model["net"]), model["stage"]["width"], model["stage"]["head"]
-        deviation = None if model["deviation"] is None else rgb(model["deviation"])
-        convention, classes = Convention(bgr=False, mean=rgb(model["mean"]), deviation=deviation), tuple(model["classes"])
+        convention, classes = convention_said(False, model["mean"], model["deviation"]), texts(model["classes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{place}: not the model.json of a package of vggrow; give another folder") from error
     if width != 1:
