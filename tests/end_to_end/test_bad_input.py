@@ -59,10 +59,10 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 WRONG_RECIPES = [
     # what is replaced      by                              words of the message
     ("patience = 100",      "patiense = 100",               ["[train]", "unknown key 'patiense'", "did you mean 'patience'?"]),
-    ("max_epochs = 2",      'max_epochs = "two"',           ["[train] max_epochs", "found 'two'", "integer"]),
+    ("max_epochs = 2",      'max_epochs = "two"',           ["[train] max_epochs", "got 'two'", "integer"]),
     ('init_from = "A-36"',  'init_from = "A-63"',           ["stage 'B-36'", "'A-63'", "did you mean 'A-36'?"]),
     ('net = "A"',           'net = "A"\ninit_from = "B-36"', ["A-36 from B-36 from A-36", "must start without init_from"]),
-    ('net = "B"',           'net = "F"',                    ["stage 'B-36' net", "found 'F'", "'A-LRN'"]),
+    ('net = "B"',           'net = "F"',                    ["stage 'B-36' net", "got 'F'", "'A-LRN'"]),
     ('"A"\nscale = 36',     '"A"\nscale = 16',              ["stage 'A-36'", "scale is [16, 16]", "needs 32 <= low"]),
     ("seed = 3",            "seed = 3\nevaluate.scales = [16]", ["[evaluate] scales: 16", "below the crop, 32"]),
 ]
