@@ -59,7 +59,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 WRONG_RECIPES = [
     # what is replaced      by                              words of the message
     ("patience = 100",      "patiense = 100",               ["[train]", "unknown key 'patiense'", "did you mean 'patience'?"]),
-    ("max_epochs = 2",      'max_epochs = "two"',           ["[train] max_epochs", "got 'two'", "integer"]),
+    ("max_epochs = 2",      'max_epochs = "two"',           ["[train] max_epochs", "expected a whole number, got 'two'"]),
     ('init_from = "A-36"',  'init_from = "A-63"',           ["stage 'B-36'", "'A-63'", "did you mean 'A-36'?"]),
     ('net = "A"',           'net = "A"\ninit_from = "B-36"', ["A-36 from B-36 from A-36", "must start without init_from"]),
     ('net = "B"',           'net = "F"',                    ["stage 'B-36' net", "got 'F'", "'A-LRN'"]),
