@@ -132,7 +132,7 @@ def check_split_folders(root: Path, folders: list[str]) -> None:
 def check_class_name(root: Path, folder: str) -> None:
     """DatasetError for a class whose name cannot be kept with the weights: not UTF-8, or with control characters."""
     if not is_utf8(folder) or not folder.isprintable():
-        raise DatasetError(f"{printable(root)}: class folder {printable(folder)!r} is not printable UTF-8; rename it")
+        raise DatasetError(f"{printable(root)}: class folder '{printable(folder)}' is not printable UTF-8; rename it")
 
 
 def check_classes(listing: Listing, folders: list[str], strays: list[str], others: Counter[str]) -> None:

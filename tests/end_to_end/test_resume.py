@@ -53,6 +53,18 @@ def uninterrupted(photos, tmp_path_factory) -> Path:
     return folder / "store"
 
 
+@pytest.fixture(scope="module")
+def alone(photos, tmp_path_factory) -> Path:
+    """The store of the same recipe with one worker of one thread, without Ray."""
+    from tests.end_to_end.conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "photos.toml").write_text(RECIPE.format(root=photos, epochs=EPOCHS, every="5 iterations"))
+    done = vggrow("train", folder / "photos.toml", "--threads", 1, "--store", folder / "store")
+    assert done.returncode == 0, done.stderr
+    return folder / "store"
+
+
 @pytest.fixture
 def moment() -> random.Random:
     """Random moments from a printed seed."""
@@ -79,9 +91,14 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bit_by_bit(uni
     assert journal(store) == journal(uninterrupted)
 
 
-def test_a_killed_command_goes_on_and_the_weights_are_the_same_bit_by_bit(uninterrupted, make_recipe, tmp_path, moment):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_command_goes_on_and_the_weights_are_the_same_bit_by_bit(
+    workers, alone, request, make_recipe, tmp_path, moment
+):
+    whole = alone if workers == 1 else request.getfixturevalue("uninterrupted")
     recipe, store = make_recipe(epochs=EPOCHS, every="5 iterations"), tmp_path / "store"
-    running = Running("train", recipe, "--workers", 2, "--store", store, log=tmp_path / "log")
+    words = ("train", recipe, "--workers", workers, "--threads", 1, "--store", store)
+    running = Running(*words, log=tmp_path / "log")
     at = moment.randrange(3, EPOCHS * BATCHES - 10)
     try:
         wait_until(lambda: iterations(store) >= at, timeout_s=120, running=running)
@@ -90,25 +107,20 @@ def test_a_killed_command_goes_on_and_the_weights_are_the_same_bit_by_bit(uninte
         running.kill_everything()
     assert not (stage_folder(store) / "result.json").exists()
 
-    again = vggrow("train", recipe, "--workers", 2, "--store", store)
+    again = vggrow(*words)
 
     assert again.returncode == 0, again.stderr
-    assert weights(store) == weights(uninterrupted)
-    assert journal(store) == journal(uninterrupted)
+    assert weights(store) == weights(whole)
+    assert journal(store) == journal(whole)
     assert run_statuses(store) == {"A-36": "FINISHED", "photos": "FINISHED"}
     assert mlflow_points(store, "val_top1_accuracy") == [
         (iteration, accuracy) for epoch, iteration, _, accuracy in journal(store) if epoch is not None
     ]
 
 
-def test_one_worker_walks_the_same_way_as_two_but_for_the_order_of_float_sums(uninterrupted, make_recipe, tmp_path):
-    recipe, store = make_recipe(epochs=2), tmp_path / "store"
-
-    alone = vggrow("train", recipe, "--store", store, "--threads", 1)
-
-    assert alone.returncode == 0, alone.stderr
+def test_one_worker_walks_the_same_way_as_two_but_for_the_order_of_float_sums(uninterrupted, alone):
     ours, theirs = (
-        [loss for epoch, _, loss, _ in journal(where)[: 2 * (BATCHES + 1)] if epoch is None] for where in (store, uninterrupted)
+        [loss for epoch, _, loss, _ in journal(where)[: 2 * (BATCHES + 1)] if epoch is None] for where in (alone, uninterrupted)
     )
     assert len(ours) == 2 * BATCHES
     assert ours == pytest.approx(theirs, rel=1e-4)

@@ -93,6 +93,7 @@ def test_a_linear_champion_is_fitted_again_and_only_new_pictures_go_through_the_
     assert str(aliases["champion"]) == ("2" if two.outcome == "promoted" else "1")
 
 
+@pytest.mark.slow
 def test_after_a_class_that_is_no_longer_made_the_whole_schedule_is_trained_on_the_others(folder: Path) -> None:
     for place in (folder / "photos").glob("*/coffee"):
         shutil.rmtree(place)

@@ -295,7 +295,7 @@ def test_a_class_called_gate_is_a_class(tmp_path: Path) -> None:
         ("{gate = 0.8}", "val 0.15, test 0.15 and gate 0.8 leave nothing to train on"),
         ('{by = "folder", gate = 0.1}', 'gate has no effect with by = "folder"'),
         ("{test = 0.0, gate = 0.1}", "gate 0.1 needs test above 0"),
-        ('{gate = "much"}', "gate: found 'much', wanted"),
+        ('{gate = "much"}', "split.gate: expected a number, got 'much'"),
         ("{gates = 0.1}", "unknown key 'gates'; did you mean 'gate'"),
     ],
 )

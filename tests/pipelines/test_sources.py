@@ -194,7 +194,7 @@ def unicode_twins(root: Path) -> Path:
             r": no folder train/, val/, test/ \(found 'Test', 'Train', 'Valid'\)",
         ),
         (lambda root: touch(root, "two\nlines/a.jpg", "dog/b.jpg"), None, r"class folder 'two\\nlines' is not printable"),
-        (not_utf8, None, r"class folder 'caf\\\\xe9' is not printable UTF-8; rename it"),
+        (not_utf8, None, r"class folder 'caf\\xe9' is not printable UTF-8; rename it"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_clear_line(
