@@ -139,8 +139,10 @@ def measured(
     return found
 
 
-def figures(folder: Path, fine: bool, views: str = "flips") -> dict[str, list[dict[str, dict[str, float]]]]:
-    """Each option's figures, a seed each, of the seeds that are finished."""
+def figures(
+    folder: Path, fine: bool, views: str = "flips", *, base_alone: bool = False
+) -> dict[str, list[dict[str, dict[str, float]]]]:
+    """Each option's figures, a seed each, of the seeds that are finished; base_alone: of the base and no other."""
     names = list(FINE_OPTIONS if fine else OPTIONS)
     found: dict[str, list[dict[str, dict[str, float]]]] = {}
     for seed in SEEDS:
@@ -153,6 +155,8 @@ def figures(folder: Path, fine: bool, views: str = "flips") -> dict[str, list[di
         keys = stage_keys(stages, classes=manifest.classes, fingerprint=manifest.fingerprint)
         for stage in stages:
             name = names[int(stage.name.removeprefix("option-"))] if stage.name.startswith("option-") else stage.name
+            if base_alone and name != "base":
+                continue
             found.setdefault(name, []).append(measured(store, stage, keys[stage.name], manifest, views))
             if name == "base" and stage.average:
                 found.setdefault(AVERAGE, []).append(measured(store, stage, keys[stage.name], manifest, views, "average"))
@@ -169,9 +173,8 @@ def paired(option: list[float], base: list[float]) -> str:
 def table(folder: Path, fine: bool) -> str:
     """The page's table: val decides, test stands beside."""
     found = figures(folder, fine)
-    plain = figures(folder, fine, "none")
-    if "base" in plain and not fine:
-        found["base, one view at test"] = plain["base"]
+    if "base" in found and not fine:
+        found["base, one view at test"] = figures(folder, fine, "none", base_alone=True)["base"]
     base = found["base"]
     rows = [
         "| Option | Val loss | minus base | Val AUC | minus base | Val top-1 % | Test top-1 % | Test AUC |",

@@ -180,6 +180,7 @@ def three_workers(tmp_path_factory: pytest.TempPathFactory):
     ray.shutdown()
 
 
+@pytest.mark.slow      # tests/training/test_logistic_stage.py has three workers, and weights made of their values
 def test_bits_are_equal_at_two_and_three_ray_workers(
     store: Store, manifest: Manifest, tmp_path: Path, three_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
