@@ -9,6 +9,7 @@ has its own k. Powers of two are exact: what is stored and served is the layer i
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class UnitInputs:
         elif job.parent.added and job.stage.new_rows == "random":
             self.layer.weight[-len(job.parent.added) :].div_(self.scale)
 
-    @property
+    @cached_property
     def scale(self) -> Tensor:
         """2^k of each column, (F,) float32 on the layer's device."""
         weight = self.layer.weight

@@ -41,28 +41,26 @@ def journal(store: Path) -> list[tuple[object, ...]]:
     return [(row.get("epoch"), row["iteration"], row["train_loss"], row.get("val_top1_accuracy")) for row in rows]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(photos, tmp_path_factory) -> Path:
-    """The store of a run that nobody disturbed, at 2 workers."""
+def undisturbed(photos: Path, folder: Path, *options: object) -> Path:
+    """The store of a run of the whole recipe that nobody disturbed."""
     from tests.end_to_end.conftest import RECIPE
 
-    folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "photos.toml").write_text(RECIPE.format(root=photos, epochs=EPOCHS, every="5 iterations"))
-    done = vggrow("train", folder / "photos.toml", "--workers", 2, "--store", folder / "store")
+    done = vggrow("train", folder / "photos.toml", *options, "--store", folder / "store")
     assert done.returncode == 0, done.stderr
     return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory) -> Path:
+    """At 2 workers."""
+    return undisturbed(photos, tmp_path_factory.mktemp("uninterrupted"), "--workers", 2)
 
 
 @pytest.fixture(scope="module")
 def alone(photos, tmp_path_factory) -> Path:
-    """The store of the same recipe with one worker of one thread, without Ray."""
-    from tests.end_to_end.conftest import RECIPE
-
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "photos.toml").write_text(RECIPE.format(root=photos, epochs=EPOCHS, every="5 iterations"))
-    done = vggrow("train", folder / "photos.toml", "--threads", 1, "--store", folder / "store")
-    assert done.returncode == 0, done.stderr
-    return folder / "store"
+    """With one worker of one thread, without Ray."""
+    return undisturbed(photos, tmp_path_factory.mktemp("alone"), "--threads", 1)
 
 
 @pytest.fixture
