@@ -78,20 +78,22 @@ def beside_parents(
     found = []
     for stage in stages:
         own = result_entry(store, keys[stage.name])
-        if stage.fit == "logistic" or own["val_loss"] is None:
+        loss = own.get("val_loss")      # absent: of a version that recorded none
+        if stage.fit == "logistic" or loss is None:
             continue
         advice = f"lower its learning_rate of {stage.learning_rate:g}"
-        if own["val_loss"] > math.log(classes):
+        if loss > math.log(classes):
             found.append(
-                f"{stage.name} ended worse than chance on val: mean loss {own['val_loss']:.4g}, and {math.log(classes):.2f}"
-                f" without a look at the pictures; {advice}"
+                f"{stage.name} ended worse than chance on val: mean loss {loss:.4g}, and {math.log(classes):.2f} without a look"
+                f" at the pictures; {advice}"
             )
             continue
         parent = keys.get(stage.init_from or "")
-        theirs = result_entry(store, parent) if parent is not None else own
+        theirs = result_entry(store, parent) if parent is not None else {}
+        if theirs.get("val_loss") is None or loss <= theirs["val_loss"]:
+            continue
         ours, before = own["val_top1_accuracy"], theirs["val_top1_accuracy"]
-        error = math.sqrt(before * (1 - before) / pictures)
-        if theirs["val_loss"] is not None and own["val_loss"] > theirs["val_loss"] and ours < before - 2 * error:
+        if ours < before - 2 * math.sqrt(before * (1 - before) / pictures):
             found.append(
                 f"{stage.name} ended below {stage.init_from}, which it starts from, on val: top-1 {100 * ours:.1f} against"
                 f" {100 * before:.1f} %; {advice}"

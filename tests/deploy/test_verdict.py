@@ -118,3 +118,19 @@ def test_a_stage_whose_rate_was_too_large_is_named(tmp_path):
 )
 def test_a_stage_that_is_about_as_good_as_its_parent_is_left_alone(tmp_path, child, changes):
     assert said_of(tmp_path, (0.85, 0.4), child, **changes) == []
+
+
+def test_results_of_a_version_that_recorded_no_losses_are_left_alone(tmp_path):
+    store, keys = Store(tmp_path), {"A-96": "a" * 16, "D-96": "d" * 16}
+    stages = [
+        Stage.model_construct(fit="sgd", learning_rate=1e-4, init_from=None, name="A-96"),
+        Stage.model_construct(fit="sgd", learning_rate=1e-4, init_from="A-96", name="D-96"),
+    ]
+    for key in keys.values():
+        write_json(store.stage(key) / "result.json", {"checkpoint": "iteration-4", "val_top1_accuracy": 0.1})
+
+    assert beside_parents(stages, keys, store, classes=2, pictures=400) == []
+
+    entry = {"last": {"file": "w", "digest": "0", "val_top1_accuracy": 0.2, "val_loss": 0.6}}
+    write_json(store.stage(keys["D-96"]) / "result.json", {"weights": entry})      # a new stage from an old one
+    assert beside_parents(stages, keys, store, classes=2, pictures=400) == []
