@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.plan_table import aligned
+from pipelines.sources import printable
 from vggcore.published import PublishedWeights, mean_text
 
 
@@ -52,4 +53,4 @@ def text_of(record: PublishedWeights, path: Path) -> str:
         "digest": record.digest,
         "file": str(path),
     }
-    return "\n".join(f"{key}: {value}" for key, value in lines.items())
+    return "\n".join(f"{key}: {printable(value)}" for key, value in lines.items())      # a file may name anything

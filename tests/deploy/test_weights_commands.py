@@ -85,6 +85,17 @@ def test_the_list_and_the_page_of_weights(store):
     assert Path(page["file"]).is_file()
 
 
+def test_a_files_name_with_a_line_break_stays_in_its_line(tmp_path, files):
+    odd = tmp_path / "vgg\n\x1b[31m.pth"
+    odd.write_bytes((files / "vgg11.pth").read_bytes())
+    imported = vggrow("weights", "import", odd, "--name", "odd", "--store", tmp_path / "store")
+    shown = vggrow("weights", "show", "odd", "--store", tmp_path / "store")
+
+    assert (imported.returncode, shown.returncode) == (0, 0), imported.stderr + shown.stderr
+    assert "vgg\\n\\x1b[31m.pth, imported" in shown.stdout, shown.stdout
+    assert "\x1b" not in shown.stdout + imported.stdout + imported.stderr
+
+
 def test_the_summary_of_imported_weights_has_their_layers_mean_and_classes(store):
     text = vggrow("summary", "weights:vgg11", "--crop", "32", "--store", store)
     as_json = json.loads(vggrow("summary", "weights:mine/vgg16", "--json", "--store", store).stdout)
