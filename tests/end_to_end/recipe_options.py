@@ -86,7 +86,7 @@ FINE_BASE = {
 }  # fmt: skip
 FINE_OPTIONS: dict[str, dict[str, str | None]] = {
     "base": {},
-    "rate 1e-3": {"learning_rate": "1e-3"},
+    "rate 1e-4": {"learning_rate": "1e-4"},
     "AdamW": {"optimiser": '"adamw"', "learning_rate": "1e-5", "weight_decay": "1e-2"},
     "layer decay 0.5": {"layer_decay": "0.5"},
 }
@@ -102,7 +102,8 @@ def recipe_text(seed: int, fine: bool) -> str:
         settings = {key: value for key, value in {**base, **change}.items() if value is not None}
         text += f'\n[[stage]]\nname = "{names[-1]}"\n' + "".join(f"{key} = {value}\n" for key, value in settings.items())
     stages = json.dumps([*(["linear"] if fine else []), *names])
-    return f'{text}\n[evaluate]\nstages = {stages}\nprotocol = "centre"\nviews = "flips"\n[register]\nstage = "best on val"\n'
+    views = "" if fine else 'protocol = "centre"\nviews = "flips"\n'      # linear heads see whole pictures, as they are
+    return f'{text}\n[evaluate]\nstages = {stages}\n{views}[register]\nstage = "best on val"\n'
 
 
 def store_of(folder: Path, seed: int) -> Path:
@@ -172,7 +173,7 @@ def paired(option: list[float], base: list[float]) -> str:
 
 def table(folder: Path, fine: bool) -> str:
     """The page's table: val decides, test stands beside."""
-    found = figures(folder, fine)
+    found = figures(folder, fine, "none" if fine else "flips")
     if "base" in found and not fine:
         found["base, one view at test"] = figures(folder, fine, "none", base_alone=True)["base"]
     base = found["base"]
