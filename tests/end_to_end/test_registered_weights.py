@@ -30,7 +30,6 @@ def averaged(make_recipe):
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_averaged_and_last_weights_of_one_stage_are_two_versions_each_measured_over_its_views(averaged, tmp_path):
     store = tmp_path / "store"

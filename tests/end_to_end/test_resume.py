@@ -124,7 +124,7 @@ def test_one_worker_walks_the_same_way_as_two_but_for_the_order_of_float_sums(un
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(SIGINT, 1), pytest.param(SIGTERM, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("number", "workers"), [(SIGINT, 1), (SIGTERM, 2)])
 def test_a_signal_leaves_a_checkpoint_a_killed_run_and_exit_130(number, workers, make_recipe, tmp_path):
     recipe, store = make_recipe(epochs=500), tmp_path / "store"
     running = Running("train", recipe, "--workers", workers, "--store", store, log=tmp_path / "log")

@@ -1,12 +1,13 @@
 """Checkpoints appear whole or not at all, and give back what was put in."""
 
+import itertools
+import multiprocessing
 import os
-import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -173,34 +174,32 @@ def test_an_absent_checkpoint_says_so(tmp_path):
         read_checkpoint(tmp_path, 8)
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from dataclasses import replace
-from training.checkpoint import Progress, write_checkpoint
-from training.optimise import Plateau
-start = Progress.start(Plateau(1e-2, 3, 5), world_size=1, threads=1)
-torch.set_num_threads(1)
-for n in range(1, 100000):
-    weights = {"a": torch.full((2**20,), float(n))}
-    state = {"state": {0: {"momentum_buffer": torch.full((2**20,), float(n))}}, "param_groups": []}
-    write_checkpoint(Path(sys.argv[1]), replace(start, iteration=n), weights=weights, optimizer_state=state)
-    if n == 1: print("writing", flush=True)
-"""
+def write_for_ever(folder: Path, begun: Event) -> None:
+    """Checkpoints of iterations 1, 2, ..., each full of its own number, until somebody ends this process."""
+    torch.set_num_threads(1)
+    for n in itertools.count(1):
+        weights = {"a": torch.full((2**20,), float(n))}
+        state = {"state": {0: {"momentum_buffer": torch.full((2**20,), float(n))}}, "param_groups": []}
+        write_checkpoint(folder, replace(START, iteration=n), weights=weights, optimizer_state=state)
+        begun.set()
 
 
 def test_a_writer_killed_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")
-    moments = torch.rand(3, generator=torch.Generator().manual_seed(seed)) * 0.3
-    for moment in moments.tolist():
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path.cwd())
-        writer.stdout.readline()
+    moments = torch.rand(6, generator=torch.Generator().manual_seed(seed)) * 0.3
+    context = multiprocessing.get_context("forkserver")      # loads torch once for all writers
+    context.set_forkserver_preload([__name__])
+    for number, moment in enumerate(moments.tolist()):
+        begun, folder = context.Event(), tmp_path / f"stage-{number}"
+        writer = context.Process(target=write_for_ever, args=(folder, begun))
+        writer.start()
+        assert begun.wait(60)
         time.sleep(moment)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        writer.join()
 
-        found = newest_checkpoint(tmp_path)
+        found = newest_checkpoint(folder)
 
         iteration = found.progress.iteration
         assert torch.equal(found.weights()["a"], torch.full((2**20,), float(iteration)))
