@@ -165,10 +165,10 @@ def figures(
 
 
 def paired(option: list[float], base: list[float]) -> str:
-    """The mean difference with its 95 % interval over seeds."""
+    """The mean difference with its 95 % interval over seeds, and a star where that leaves out 0."""
     apart = [one - other for one, other in zip(option, base, strict=True)]
     half = T_975[len(apart) - 1] * stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
-    return f"{mean(apart):+.3f} ± {half:.3f}"
+    return f"{mean(apart):+.3f} ± {half:.3f}{' *' if abs(mean(apart)) > half else ''}"
 
 
 def table(folder: Path, fine: bool) -> str:
@@ -183,11 +183,14 @@ def table(folder: Path, fine: bool) -> str:
     ]
     for name, seeds in found.items():
         of = {(split, figure): [one[split][figure] for one in seeds] for split in ("val", "test") for figure in seeds[0]["val"]}
-        bases = {figure: [one["val"][figure] for one in base] for figure in ("loss", "auc")}
+        apart = {
+            figure: paired(of["val", figure], [one["val"][figure] for one in base]) if name != "base" else ""
+            for figure in ("loss", "auc")
+        }
         spread = stdev(of["test", "top1_accuracy"]) if len(seeds) > 1 else math.nan
         loss, auc, top1 = of["val", "loss"], of["val", "auc"], of["val", "top1_accuracy"]
         rows.append(
-            f"| {name} | {mean(loss):.3f} | {paired(loss, bases['loss'])} | {mean(auc):.3f} | {paired(auc, bases['auc'])}"
+            f"| {name} | {mean(loss):.3f} | {apart['loss']} | {mean(auc):.3f} | {apart['auc']}"
             f" | {100 * mean(top1):.1f} | {100 * mean(of['test', 'top1_accuracy']):.1f} (sd {100 * spread:.1f})"
             f" | {mean(of['test', 'auc']):.3f} |"
         )
